@@ -1,0 +1,1 @@
+"""Reads checkpoints, decides which tensor lives where, writes shards and adapters."""

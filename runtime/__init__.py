@@ -1,0 +1,1 @@
+"""Decoder stack, exchange, wire format, generation and the two daemons."""

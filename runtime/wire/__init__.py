@@ -1,0 +1,1 @@
+"""Sans-io protocol: messages, codec, and who may say what when."""

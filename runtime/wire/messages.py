@@ -1,0 +1,193 @@
+"""What the two ends say to each other.
+
+The edge connects and speaks first (``Hello``); the cloud answers with its own ``Hello`` or an
+``ErrorReply``. The edge then opens sessions, each a sequence with a KV cache on the cloud, and
+runs steps in them:
+
+    StepBegin -> (ExchangeRequest <- , ExchangeReply ->) for every wire point -> StepEnd <-
+
+(arrows as seen by the edge). Ids are chosen by the edge and never reused on a connection.
+Every message is immutable; tensors are opaque bytes with their shape and codec name here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+
+PROTOCOL_VERSION = 1
+
+
+class Role(str, Enum):
+    """Which end of the split a peer is."""
+
+    CLOUD = "cloud"
+    EDGE = "edge"
+
+
+class ErrorCode(str, Enum):
+    """Why an ErrorReply was sent; decides which exception the receiver raises."""
+
+    VERSION = "version"
+    """Protocol versions differ -> VersionMismatch."""
+    MISMATCH = "mismatch"
+    """Shards, plan or basis do not belong together -> PartitionError."""
+    PROTOCOL = "protocol"
+    """The receiver of this reply broke the protocol -> LocalProtocolError."""
+    CAPACITY = "capacity"
+    """A limit is reached -> CapacityError."""
+    REQUEST = "request"
+    """This request cannot be served -> RequestError."""
+    AUTH = "auth"
+    """Identity refused -> AuthError."""
+    INTERNAL = "internal"
+    """The sender failed -> PrivateLoRAError."""
+
+
+class OutputRows(IntEnum):
+    """Which rows of a step's final hidden states the edge wants back."""
+
+    NONE = 0
+    LAST = 1
+    ALL = 2
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPayload:
+    """A tensor as bytes: ``codec`` names how to read ``data``; ``shape`` is (rows, features)."""
+
+    codec: str
+    shape: tuple[int, int]
+    data: bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprints:
+    """What must be equal on both ends (hex SHA-256 each)."""
+
+    model: str
+    plan: str
+    basis: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First message of each end.
+
+    ``codecs``: payload codecs this end can decode, best first.
+    ``max_frame_nbytes``: largest frame this end accepts.
+    ``limits``: what the cloud offers, zeros from an edge.
+    """
+
+    role: Role
+    software: str
+    fingerprints: Fingerprints
+    codecs: tuple[str, ...]
+    max_frame_nbytes: int
+    max_positions: int = 0
+    max_sessions: int = 0
+    capabilities: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSession:
+    """Edge: make a sequence with room for ``max_positions`` tokens.
+
+    ``hidden_codec`` and ``exchange_codec``: how the cloud is to encode what it sends back.
+    """
+
+    session_id: int
+    max_positions: int
+    hidden_codec: str
+    exchange_codec: str
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOpened:
+    """Cloud: the sequence exists."""
+
+    session_id: int
+    max_positions: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepBegin:
+    """Edge: run ``hidden_states.shape[0]`` positions, the first of them ``position``.
+
+    A cache longer than ``position`` is truncated to it first. ``opening``: y of
+    ``Plan.opening_layers``, concatenated in that order, or None if there are none.
+    """
+
+    session_id: int
+    step_id: int
+    position: int
+    output_rows: OutputRows
+    hidden_states: TensorPayload
+    opening: TensorPayload | None
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeRequest:
+    """Cloud: z of exchange point ``point``."""
+
+    session_id: int
+    step_id: int
+    point: int
+    z: TensorPayload
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeReply:
+    """Edge: y of every cloud layer in the point's span."""
+
+    session_id: int
+    step_id: int
+    point: int
+    y: TensorPayload
+
+
+@dataclass(frozen=True, slots=True)
+class StepEnd:
+    """Cloud: the step is done; hidden states of the rows asked for (0 rows if NONE)."""
+
+    session_id: int
+    step_id: int
+    hidden_states: TensorPayload
+
+
+@dataclass(frozen=True, slots=True)
+class CloseSession:
+    """Edge: free the sequence; steps in flight are dropped without an answer."""
+
+    session_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionClosed:
+    """Cloud: the sequence is gone and its id will not be heard of again."""
+
+    session_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorReply:
+    """Either end: something failed. With no ``session_id`` the whole connection ends after it."""
+
+    code: ErrorCode
+    message: str
+    session_id: int | None = None
+    details: dict[str, str] = field(default_factory=dict)
+
+
+Message = (
+    Hello
+    | OpenSession
+    | SessionOpened
+    | StepBegin
+    | ExchangeRequest
+    | ExchangeReply
+    | StepEnd
+    | CloseSession
+    | SessionClosed
+    | ErrorReply
+)

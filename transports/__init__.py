@@ -1,0 +1,1 @@
+"""Moves opaque frames between two ends; knows no model and no message types."""
