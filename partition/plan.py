@@ -65,7 +65,7 @@ class Plan(BaseModel):
     every: int = Field(default=1, gt=0)
     """Adapted layers per exchange point. 1: each target has an A of its own (per layer).
     More: all layers and targets of a span share one A (grouped)."""
-    scaling: float = 1.0
+    scaling: float = Field(default=1.0, allow_inf_nan=False)
     edge_first: int = Field(default=0, ge=0)
     edge_last: int = Field(default=0, ge=0)
 
@@ -108,6 +108,11 @@ class Plan(BaseModel):
     def y_size(self) -> int:
         """Numbers per token that come back for one adapted layer."""
         return len(self.targets) * self.rank_down
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in all M together: what training may change."""
+        return len(self.layers) * len(self.targets) * self.rank_up * self.rank_down
 
     @cached_property
     def points(self) -> tuple[ExchangePoint, ...]:
@@ -189,7 +194,8 @@ class Plan(BaseModel):
             )
         if self.rank_up > config.hidden_size:
             raise PartitionError(
-                f"rank_up {self.rank_up} is larger than the hidden size {config.hidden_size}"
+                f"rank_up {self.rank_up} is larger than the hidden size; choose at most "
+                f"{config.hidden_size}"
             )
         for target in self.targets:
             size = config.projection_size(target)

@@ -7,9 +7,15 @@ each delivered whole or not at all. Only ``ConnectError``, ``ConnectionClosed``,
 mistake (a frame over the limit, two concurrent receives).
 
 Concurrency: one task may receive while others send. Frames of concurrent ``send`` calls are
-never interleaved. Cancelling ``recv`` between frames loses nothing; a ``send`` that is cut
-off after part of its frame was written aborts the connection, because the position in the
-stream is unknown to the peer.
+never interleaved, and those that have to wait go out in the order of the calls. Cancelling
+``recv`` loses nothing; a ``send`` that is cut off after part of its frame was written aborts
+the connection, because the position in the stream is unknown to the peer.
+
+Ending: each direction ends on its own. When the peer closes, ``recv`` raises ConnectionClosed
+after its last frame, and ``send`` still works until the peer has gone altogether: ``aclose``
+ends sending at once, then takes in and drops what the peer still sends until the peer closes
+too. So the end that learns of the close from ``recv`` should close soon. ``abort`` ends both
+directions at once; what the peer's system had already received may still reach the peer.
 """
 
 from __future__ import annotations
@@ -20,7 +26,12 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from privatelora.errors import ConfigError
+
 Buffer = bytes | bytearray | memoryview
+
+MAX_FRAME_NBYTES = 2**32 - 1
+"""What a frame header can say; the highest value of ``Limits.max_frame_nbytes``."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +42,25 @@ class Limits:
     (RemoteProtocolError, and the connection is aborted); a larger outgoing one is a
     LocalProtocolError. ``max_queued_nbytes``: received and not yet taken; beyond it the
     transport stops reading, so that a fast sender is slowed down (back-pressure). At least
-    one whole frame is always accepted.
+    one whole frame is always accepted, and a transport may count some overhead per frame.
+    ``close_timeout_s``: how long ``aclose`` waits for the peer before it aborts.
+
+    Raises ConfigError for a value that cannot work.
     """
 
     max_frame_nbytes: int = 64 * 2**20
     max_queued_nbytes: int = 64 * 2**20
     connect_timeout_s: float = 10.0
     close_timeout_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ConfigError(f"{name} must be positive, not {value}")
+        if self.max_frame_nbytes > MAX_FRAME_NBYTES:
+            raise ConfigError(
+                f"max_frame_nbytes must be at most {MAX_FRAME_NBYTES}, not {self.max_frame_nbytes}"
+            )
 
 
 @dataclass
@@ -68,22 +91,27 @@ class Connection(ABC):
         Returns once every part may be reused by the caller and no more than a bounded
         amount is queued, so waiting here is the back-pressure. Small frames are handed to
         the operating system before this returns, whatever the loop does next.
-        Raises ConnectionClosed if the connection is closed or breaks.
+        Raises ConnectionClosed if the connection is closed or breaks, LocalProtocolError if
+        the frame is over this end's limit or a part is a strided memoryview.
         """
 
     @abstractmethod
     async def recv(self) -> memoryview:
         """Return the next frame; the caller owns the memory.
 
-        Raises ConnectionClosed after the last frame the peer sent before closing;
-        RemoteProtocolError if the peer broke the framing or a limit.
+        Does not suspend if a frame is there already. Raises ConnectionClosed after the last
+        frame the peer sent before closing, and at once when this end has closed or aborted;
+        RemoteProtocolError if the peer broke the framing or a limit; LocalProtocolError if
+        another task is waiting here.
         """
 
     @abstractmethod
     async def aclose(self) -> None:
         """Close in order: frames already sent are delivered, then the peer sees the end.
 
-        Bounded by ``close_timeout_s``, after which it aborts. Never raises; may be repeated.
+        A waiting ``recv`` of this end raises ConnectionClosed; frames not yet taken are lost.
+        Waits until the peer has closed too, at most ``close_timeout_s``, then aborts. Never
+        raises, except when it is cancelled, which aborts; may be repeated.
         """
 
     @abstractmethod
@@ -111,18 +139,24 @@ Handler = Callable[[Connection], Awaitable[None]]
 class Listener(ABC):
     """Accepts connections and runs ``handler`` in a task of its own for each.
 
-    When a handler returns or raises, its connection is closed or aborted; an exception is
-    logged and never ends the listener.
+    When a handler returns, its connection is closed; when it raises or is cancelled, its
+    connection is aborted. An exception is logged and never ends the listener.
     """
 
     @property
     @abstractmethod
     def address(self) -> str:
-        """Contact address: what a peer passes to ``connect`` (the real port, not 0)."""
+        """Contact address: what a peer passes to ``connect`` (the real port, not 0).
+
+        For a wildcard, the address that works on this machine; elsewhere, name this machine.
+        """
 
     @abstractmethod
     async def aclose(self) -> None:
-        """Stop accepting, cancel the handlers and wait for them. May be repeated."""
+        """Stop accepting, cancel the handlers and wait for them. May be repeated.
+
+        A handler that calls this is itself neither cancelled nor waited for.
+        """
 
     async def __aenter__(self) -> Self:
         return self

@@ -6,26 +6,30 @@ runs steps in them:
 
     StepBegin -> (ExchangeRequest <- , ExchangeReply ->) for every wire point -> StepEnd <-
 
-(arrows as seen by the edge). Ids are chosen by the edge and never reused on a connection.
+(arrows as seen by the edge). Ids are chosen by the edge and never reused on a connection:
+session ids ascend over the connection, step ids within their session, gaps allowed.
 Every message is immutable; tensors are opaque bytes with their shape and codec name here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum, IntEnum
+from enum import IntEnum, StrEnum
 
 PROTOCOL_VERSION = 1
 
+Buffer = bytes | bytearray | memoryview
+"""Bytes as they travel; a memoryview is contiguous, of single bytes, with one dimension."""
 
-class Role(str, Enum):
+
+class Role(StrEnum):
     """Which end of the split a peer is."""
 
     CLOUD = "cloud"
     EDGE = "edge"
 
 
-class ErrorCode(str, Enum):
+class ErrorCode(StrEnum):
     """Why an ErrorReply was sent; decides which exception the receiver raises."""
 
     VERSION = "version"
@@ -58,7 +62,7 @@ class TensorPayload:
 
     codec: str
     shape: tuple[int, int]
-    data: bytes | bytearray | memoryview
+    data: Buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +175,12 @@ class SessionClosed:
 
 @dataclass(frozen=True, slots=True)
 class ErrorReply:
-    """Either end: something failed. With no ``session_id`` the whole connection ends after it."""
+    """Either end: something failed.
+
+    It ends the session, or with no ``session_id`` the whole connection. Encoding shortens
+    ``message`` and the values of ``details`` and replaces control characters by spaces, so
+    that reporting an error does not fail over its text.
+    """
 
     code: ErrorCode
     message: str

@@ -1,0 +1,51 @@
+"""Writing files so that a reader never meets half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from privatelora.errors import PartitionError
+
+SHARED_MODE = 0o644
+PRIVATE_MODE = 0o600
+
+
+@contextlib.contextmanager
+def os_errors(action: str) -> Iterator[None]:
+    """Translate OSError inside the block into PartitionError: ``cannot {action}: reason``."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if str(error.filename or "") not in action else ""
+        reason = error.strerror or str(error)
+        raise PartitionError(f"cannot {action}: {reason}{where}") from error
+
+
+def write_atomic(path: Path, data: bytes, mode: int = SHARED_MODE) -> None:
+    """Write ``data`` to ``path``, which holds either its old content or all of the new one.
+
+    ``mode``: permission bits, less those in the umask. Raises PartitionError.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with os_errors(f"write {path}"):
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 (hex) of a file's content. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

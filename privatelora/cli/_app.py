@@ -1,0 +1,50 @@
+"""What every command shares: how errors are shown, and how results are printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import typer
+
+from privatelora.errors import PrivateLoRAError
+
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 130
+
+
+def run(app: typer.Typer) -> None:
+    """Run a command-line program; never returns.
+
+    An error of this package is one line on stderr and exit status 1. Anything else that
+    escapes is a defect and keeps its traceback.
+    """
+    try:
+        app()
+    except PrivateLoRAError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(EXIT_ERROR)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def print_json(value: object) -> None:
+    """Print one JSON document on stdout."""
+    print(json.dumps(value, indent=2))
+
+
+def print_fields(fields: dict[str, str]) -> None:
+    """Print names and values in two columns."""
+    width = max(map(len, fields))
+    for name, value in fields.items():
+        print(f"{name.ljust(width)}  {value}")
+
+
+def format_nbytes(nbytes: int) -> str:
+    """Return a size for a person: ``512 B``, ``3.4 MiB``."""
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

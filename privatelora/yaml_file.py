@@ -1,0 +1,79 @@
+"""YAML files that people write, read into pydantic models with messages for people."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from privatelora.errors import ConfigError
+
+MAX_FILE_NBYTES = 1 << 20
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_yaml(path: Path, model: type[Model]) -> Model:
+    """Return the file's content as ``model``.
+
+    Relative paths inside are the reader's business; the validation context holds
+    ``directory``, that of the file. Raises ConfigError naming the file, the key, and for an
+    unknown key those that look like it.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_FILE_NBYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    if len(text) > MAX_FILE_NBYTES:
+        raise ConfigError(f"{path}: larger than {MAX_FILE_NBYTES} bytes, not a file of settings")
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"{path}{where}: not valid YAML") from error
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        first = next(iter(model.model_fields))
+        raise ConfigError(f"{path}: expected keys and values, such as '{first}: ...'")
+    try:
+        return model.model_validate(values, context={"directory": path.absolute().parent})
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain(error, model)}") from error
+
+
+def explain(error: ValidationError, model: type[BaseModel] | None = None) -> str:
+    """Return the first field pydantic refused and why, in one line."""
+    problems = error.errors(include_url=False)
+    # A misspelt key also makes the right one missing; the misspelling is the thing to say.
+    problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
+    location = problems[0]["loc"]
+    if problems[0]["type"] == "extra_forbidden" and model is not None:
+        return _unknown_key([str(part) for part in location], model)
+    field = location[:1]
+    reasons = [
+        problem["msg"].removeprefix("Value error, ")
+        for problem in problems
+        if problem["loc"][:1] == field
+    ]
+    where = ".".join(str(part) for part in (location if len(problems) == 1 else field))
+    return (f"{where}: " if where else "") + " or ".join(dict.fromkeys(reasons))
+
+
+def _unknown_key(location: list[str], model: type[BaseModel]) -> str:
+    for part in location[:-1]:
+        model = _inner_model(model.model_fields[part].annotation) or model
+    known = list(model.model_fields)
+    close = difflib.get_close_matches(location[-1], known, n=2)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known keys: {', '.join(known)}"
+    return f"unknown key {'.'.join(location)!r}; {hint}"
+
+
+def _inner_model(annotation: Any) -> type[BaseModel] | None:
+    candidates = (annotation, *get_args(annotation))
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)

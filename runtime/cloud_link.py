@@ -1,0 +1,297 @@
+"""The edge's end of one connection to the cloud, shared by all its sequences.
+
+One reader task takes every frame. It answers exchanges itself, without waking the sequence
+they belong to: an answer is due at once, and a sequence has nothing to decide until its step
+ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from privatelora import __version__
+from privatelora.errors import (
+    ConnectionClosed,
+    LocalProtocolError,
+    PrivateLoRAError,
+    ProtocolError,
+    RemoteProtocolError,
+    TransportError,
+    TransportTimeout,
+)
+from privatelora.runtime.language_model import Traffic
+from privatelora.runtime.payload.codec import CODEC_NAMES
+from privatelora.runtime.wire.failures import error_reply, exception_from
+from privatelora.runtime.wire.handshake import check_hello
+from privatelora.runtime.wire.messages import (
+    CloseSession,
+    ErrorReply,
+    ExchangeReply,
+    ExchangeRequest,
+    Fingerprints,
+    Hello,
+    Message,
+    OpenSession,
+    OutputRows,
+    Role,
+    SessionOpened,
+    StepBegin,
+    StepEnd,
+    TensorPayload,
+)
+from privatelora.runtime.wire.prelude import WireLimits
+from privatelora.runtime.wire.state import WireConnection
+from privatelora.transports.base import Connection, Limits
+from privatelora.transports.registry import connect
+
+Answer = Callable[[int, TensorPayload], TensorPayload]
+"""From an exchange point's index and z to y; raises RemoteProtocolError for an impossible z."""
+
+
+@dataclass(frozen=True)
+class LinkSettings:
+    """How an edge reaches its cloud. Times in seconds."""
+
+    address: str
+    connect_timeout_s: float = 10.0
+    step_timeout_s: float = 120.0
+    max_frame_nbytes: int = 64 * 2**20
+
+
+async def open_link(settings: LinkSettings, fingerprints: Fingerprints) -> CloudLink:
+    """Connect and greet.
+
+    Raises ConnectError or TransportTimeout if the cloud is not there, PartitionError if it
+    serves another model, plan or basis, VersionMismatch if it speaks another protocol.
+    """
+    limits = Limits(
+        max_frame_nbytes=settings.max_frame_nbytes, connect_timeout_s=settings.connect_timeout_s
+    )
+    connection = await connect(settings.address, limits)
+    try:
+        wire = WireConnection(Role.EDGE, WireLimits())
+        ours = Hello(
+            role=Role.EDGE,
+            software=f"privatelora/{__version__}",
+            fingerprints=fingerprints,
+            codecs=CODEC_NAMES,
+            max_frame_nbytes=settings.max_frame_nbytes,
+        )
+        await connection.send(*wire.send(ours))
+        try:
+            async with asyncio.timeout(settings.connect_timeout_s):
+                theirs = wire.receive(await connection.recv())
+        except TimeoutError as error:
+            raise TransportTimeout(
+                f"{settings.address} accepted the connection and said nothing for "
+                f"{settings.connect_timeout_s:g} s; is it a PrivateLoRA cloud?"
+            ) from error
+        if isinstance(theirs, ErrorReply):
+            raise exception_from(theirs)
+        if not isinstance(theirs, Hello):
+            raise RemoteProtocolError("the cloud's first message must be Hello")
+        check_hello(ours, theirs)
+    except BaseException:
+        connection.abort()
+        raise
+    return CloudLink(connection, wire, settings, theirs)
+
+
+class CloudLink:
+    """An open, greeted connection. Made by ``open_link``."""
+
+    def __init__(
+        self, connection: Connection, wire: WireConnection, settings: LinkSettings, cloud: Hello
+    ) -> None:
+        self.cloud = cloud
+        """What the cloud said of itself and offers."""
+        self._connection = connection
+        self._wire = wire
+        self._settings = settings
+        self._sessions: dict[int, LinkSession] = {}
+        self._last_session_id = -1
+        self._failure: PrivateLoRAError | None = None
+        self._reader = asyncio.create_task(self._read(), name="privatelora-link-reader")
+
+    @property
+    def is_open(self) -> bool:
+        """Whether sequences can still be opened and stepped on this link."""
+        return self._failure is None
+
+    async def open_session(
+        self, max_positions: int, hidden_codec: str, exchange_codec: str, answer: Answer
+    ) -> LinkSession:
+        """Make a session whose exchanges ``answer`` answers."""
+        self._last_session_id += 1
+        session = LinkSession(self, self._last_session_id, answer)
+        self._sessions[session.session_id] = session
+        try:
+            await self.ask(
+                session,
+                OpenSession(session.session_id, max_positions, hidden_codec, exchange_codec),
+            )
+        except BaseException:
+            await self.close_session(session)
+            raise
+        return session
+
+    async def close_session(self, session: LinkSession) -> None:
+        """Free a session; a step in flight is dropped. May be repeated, never raises."""
+        if self._sessions.pop(session.session_id, None) is None:
+            return
+        session.fail(ConnectionClosed("the sequence was closed"))
+        if self.is_open and session.session_id in self._wire.sessions:
+            with contextlib.suppress(TransportError):  # a lost link frees its sessions anyway
+                await self._send(CloseSession(session.session_id))
+
+    async def aclose(self) -> None:
+        """Close the connection and everything on it. May be repeated."""
+        self._fail(ConnectionClosed("the link to the cloud was closed"))
+        self._reader.cancel()
+        await asyncio.gather(self._reader, return_exceptions=True)
+        await self._connection.aclose()
+
+    async def ask(self, session: LinkSession, message: Message) -> Message:
+        """Send a message of ``session`` and wait for what ends it."""
+        if self._failure is not None:
+            raise again(self._failure)
+        session.waiter = asyncio.get_running_loop().create_future()
+        async with self._deadline():
+            session.traffic.sent_nbytes += await self._send(message)
+            return await session.result()
+
+    async def settle(self, session: LinkSession) -> None:
+        """Wait for the end of a step whose caller was cancelled."""
+        async with self._deadline():
+            await session.result()
+
+    @contextlib.asynccontextmanager
+    async def _deadline(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self._settings.step_timeout_s):
+                yield
+        except TimeoutError as error:
+            # The session's state on the other side is unknown now; so is the connection's.
+            timeout = TransportTimeout(
+                f"{self._settings.address} did not answer within "
+                f"{self._settings.step_timeout_s:g} s"
+            )
+            self._fail(timeout)
+            self._connection.abort()
+            raise timeout from error
+
+    async def _send(self, message: Message) -> int:
+        parts = self._wire.send(message)
+        await self._connection.send(*parts)
+        return sum(map(len, parts))
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                frame = await self._connection.recv()
+                message = self._wire.receive(frame)
+                match message:
+                    case ExchangeRequest(session_id, step_id, point, z):
+                        session = self._sessions[session_id]
+                        y = session.answer(point, z)
+                        reply = ExchangeReply(session_id, step_id, point, y)
+                        traffic = session.traffic
+                        traffic.sent_nbytes += await self._send(reply)
+                        traffic.received_nbytes += len(frame)
+                        traffic.round_trips += 1
+                    case StepEnd() | SessionOpened():
+                        session = self._sessions[message.session_id]
+                        session.traffic.received_nbytes += len(frame)
+                        session.traffic.round_trips += 1
+                        session.resolve(message)
+                    case ErrorReply(session_id=None):
+                        raise exception_from(message)
+                    case ErrorReply(session_id=int(session_id)):
+                        if failed := self._sessions.pop(session_id, None):
+                            failed.fail(exception_from(message))
+                    case _:  # late, or the end of a session
+                        pass
+        except ProtocolError as error:
+            self._fail(error)
+            await self._say_goodbye(error)
+        except PrivateLoRAError as error:
+            self._fail(error)
+            self._connection.abort()
+
+    async def _say_goodbye(self, error: ProtocolError) -> None:
+        try:
+            await self._send(error_reply(error))
+            await self._connection.aclose()
+        except (TransportError, ProtocolError):
+            self._connection.abort()
+
+    def _fail(self, error: PrivateLoRAError) -> None:
+        if self._failure is None:
+            self._failure = error
+        for session in self._sessions.values():
+            session.fail(error)
+
+
+class LinkSession:
+    """One session on a link. Made by ``CloudLink.open_session``; one step at a time."""
+
+    def __init__(self, link: CloudLink, session_id: int, answer: Answer) -> None:
+        self.session_id = session_id
+        self.answer = answer
+        self.traffic = Traffic()
+        self.waiter: asyncio.Future[Message] | None = None
+        self._link = link
+        self._last_step_id = -1
+
+    async def step(
+        self,
+        position: int,
+        output_rows: OutputRows,
+        hidden_states: TensorPayload,
+        opening: TensorPayload | None,
+    ) -> TensorPayload:
+        """Run one step to its end; the final hidden states of the rows asked for."""
+        if self.waiter is not None:
+            await self._link.settle(self)
+        self._last_step_id = step_id = self._last_step_id + 1
+        begin = StepBegin(self.session_id, step_id, position, output_rows, hidden_states, opening)
+        try:
+            reply = await self._link.ask(self, begin)
+        except asyncio.CancelledError:
+            # The step goes on over there; the next one has to wait for its end.
+            self.waiter = asyncio.get_running_loop().create_future()
+            raise
+        if not isinstance(reply, StepEnd) or reply.step_id != step_id:
+            raise RemoteProtocolError(f"the cloud answered step {step_id} with {reply!r}")
+        return reply.hidden_states
+
+    async def aclose(self) -> None:
+        """Free the session. May be repeated, never raises."""
+        await self._link.close_session(self)
+
+    async def result(self) -> Message:
+        """Wait for the message that ends what was asked."""
+        if self.waiter is None:
+            raise LocalProtocolError("nothing was asked of the cloud")
+        try:
+            return await self.waiter
+        finally:
+            self.waiter = None
+
+    def resolve(self, message: Message) -> None:
+        """Hand the awaited message to whoever waits."""
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(message)
+
+    def fail(self, error: PrivateLoRAError) -> None:
+        """Raise ``error`` in whoever waits."""
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_exception(again(error))
+
+
+def again(error: PrivateLoRAError) -> PrivateLoRAError:
+    """A fresh copy of ``error``: one instance raised in several tasks would mix tracebacks."""
+    return type(error)(*error.args)

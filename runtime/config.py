@@ -1,0 +1,111 @@
+"""The YAML files of the two daemons."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+
+from privatelora.errors import ConfigError
+from privatelora.runtime.sampling_params import SamplingParams
+from privatelora.yaml_file import read_yaml
+
+DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
+CodecName = Literal["fp32", "fp16", "bf16"]
+
+
+def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
+    """Paths in a file are relative to it, so that a deployment can be moved as a folder."""
+    path = path.expanduser()
+    directory = (info.context or {}).get("directory")
+    return path if directory is None else directory / path
+
+
+ConfigPath = Annotated[Path, AfterValidator(_beside_the_file)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CloudConfig(_Settings):
+    """Settings of ``privatelora-serve``."""
+
+    listen: str
+    """Address to listen on, such as ``tcp://127.0.0.1:18230``."""
+    shard: ConfigPath
+    """The ``cloud`` folder that ``privatelora partition`` wrote."""
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
+    dtype: DtypeName = "auto"
+    """Compute dtype; ``auto`` is the shard's."""
+    num_threads: int | None = Field(default=None, gt=0)
+    """CPU threads for tensor work; default: all cores."""
+    max_sessions: int = Field(default=64, gt=0)
+    max_positions: int = Field(default=8192, gt=0)
+    """Longest sequence offered, bounded by the model's context."""
+    max_cached_positions: int = Field(default=131072, gt=0)
+    """KV cache positions reserved over all sessions; beyond it new sessions are refused."""
+    max_frame_mib: int = Field(default=64, gt=0, le=4096)
+
+
+class PayloadConfig(_Settings):
+    """How numbers are written on the wire."""
+
+    hidden_states: CodecName = "fp16"
+    exchange: CodecName = "fp16"
+
+
+class EdgeConfig(_Settings):
+    """Settings of ``privatelora-edge`` and ``privatelora chat``."""
+
+    cloud: str
+    """Address of the cloud, such as ``tcp://cloud.example:18230``."""
+    shard: ConfigPath
+    """The ``edge`` folder that ``privatelora partition`` wrote."""
+    adapter: ConfigPath | None = None
+    """The adapter file; without one the model is the base model."""
+    dtype: DtypeName = "auto"
+    num_threads: int | None = Field(default=None, gt=0)
+    max_positions: int = Field(default=2048, gt=0)
+    """Longest conversation, bounded by what the cloud offers."""
+    prefill_chunk: int = Field(default=256, gt=0)
+    """Most prompt tokens in one step."""
+    payload: PayloadConfig = PayloadConfig()
+    system_prompt: str | None = None
+    sampling: SamplingParams = SamplingParams()
+    """Defaults that a request may override."""
+    connect_timeout_s: float = Field(default=10.0, gt=0)
+    step_timeout_s: float = Field(default=120.0, gt=0)
+    """Longest wait for one answer of the cloud."""
+    max_frame_mib: int = Field(default=64, gt=0, le=4096)
+
+
+def load_cloud_config(path: Path) -> CloudConfig:
+    """Read a cloud's YAML file; ConfigError says what is wrong and where."""
+    return read_yaml(path, CloudConfig)
+
+
+def load_edge_config(path: Path) -> EdgeConfig:
+    """Read an edge's YAML file; ConfigError says what is wrong and where."""
+    return read_yaml(path, EdgeConfig)
+
+
+def compute_dtype(name: DtypeName, stored: str) -> torch.dtype:
+    """The dtype to compute in, given the one the shard is stored in."""
+    dtype = getattr(torch, stored if name == "auto" else name)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"{name} is no dtype")
+    return dtype
+
+
+def compute_device(name: str) -> torch.device:
+    """The device to compute on; ConfigError if this machine has none such."""
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"device {name}: no CUDA device is available here; use cpu")
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise ConfigError(f"device {name}: there are {torch.cuda.device_count()} CUDA devices")
+    return device

@@ -1,0 +1,186 @@
+"""The generation loop: prefill what is new, then sample a token at a time.
+
+It runs on the edge and drives any ``Sequence``, split or not, so both are measured and tested
+by the same code.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+import torch
+from tokenizers import Tokenizer
+
+from privatelora.errors import RequestError
+from privatelora.runtime.language_model import LanguageModel, Sequence, Traffic
+from privatelora.runtime.sampler import Sampler
+from privatelora.runtime.sampling_params import SamplingParams
+from privatelora.runtime.text import TextStream
+
+
+class FinishReason(StrEnum):
+    """Why a generation ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass
+class GenerationStats:
+    """What one generation took. Times in seconds."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens that were in the cache already."""
+    completion_tokens: int = 0
+    time_to_first_token_s: float = 0.0
+    decode_s: float = 0.0
+    """From the first token to the last."""
+    finish_reason: FinishReason | None = None
+    prefill_traffic: Traffic = field(default_factory=Traffic)
+    """Up to the first token."""
+    decode_traffic: Traffic = field(default_factory=Traffic)
+    """After it."""
+    token_ids: list[int] = field(default_factory=list)
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """New prompt tokens per second until the first token."""
+        new = self.prompt_tokens - self.cached_tokens
+        return new / self.time_to_first_token_s if self.time_to_first_token_s else 0.0
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Tokens per second after the first."""
+        return (self.completion_tokens - 1) / self.decode_s if self.decode_s else 0.0
+
+
+class Context:
+    """A sequence together with the tokens its cache holds, so that only new ones are run."""
+
+    def __init__(self, sequence: Sequence, max_positions: int, max_step_positions: int) -> None:
+        self._sequence = sequence
+        self._max_step_positions = max_step_positions
+        self.max_positions = max_positions
+        self.token_ids: list[int] = []
+
+    @property
+    def traffic(self) -> Traffic:
+        """What the sequence sent and got so far."""
+        return self._sequence.traffic
+
+    @classmethod
+    async def open(cls, model: LanguageModel, max_positions: int | None = None) -> Context:
+        """Open a sequence of ``max_positions`` (default: all the model offers)."""
+        max_positions = max_positions or model.max_positions
+        sequence = await model.open_sequence(max_positions)
+        return cls(sequence, max_positions, model.max_step_positions)
+
+    async def advance(self, token_ids: Seq[int]) -> torch.Tensor:
+        """Make the cache hold exactly ``token_ids``; logits (vocab_size,) after the last.
+
+        Runs only what differs from the cache, the last token at least.
+        """
+        if len(token_ids) > self.max_positions:
+            raise RequestError(
+                f"{len(token_ids)} tokens do not fit the context of {self.max_positions}; "
+                "shorten the prompt"
+            )
+        start = min(common_prefix(self.token_ids, token_ids), len(token_ids) - 1)
+        # A step that fails half-way leaves the cache good up to the last one that did not.
+        del self.token_ids[start:]
+        while True:
+            chunk = token_ids[start : start + self._max_step_positions]
+            last = start + len(chunk) == len(token_ids)
+            logits = await self._sequence.forward(chunk, start, "last" if last else "none")
+            self.token_ids.extend(chunk)
+            start += len(chunk)
+            if last:
+                return logits[0]
+
+    async def aclose(self) -> None:
+        """Free the sequence."""
+        await self._sequence.aclose()
+
+
+async def generate_tokens(
+    context: Context,
+    prompt_ids: Seq[int],
+    params: SamplingParams,
+    eos_ids: Seq[int],
+    stats: GenerationStats,
+) -> AsyncGenerator[int, None]:
+    """Yield sampled tokens, the end-of-sequence token excluded.
+
+    Closing the iterator cancels: the context stays usable, its cache intact up to the last
+    finished step. Raises RequestError if the prompt leaves no room for an answer.
+    """
+    if not prompt_ids:
+        raise RequestError("the prompt is empty")
+    if len(prompt_ids) >= context.max_positions:
+        raise RequestError(
+            f"the prompt has {len(prompt_ids)} tokens and the context holds "
+            f"{context.max_positions}: no room is left for an answer; shorten the prompt"
+        )
+    sampler = Sampler(params, banned_ids=eos_ids if params.ignore_eos else ())
+    token_ids = list(prompt_ids)
+    stats.prompt_tokens = len(token_ids)
+    stats.cached_tokens = min(common_prefix(context.token_ids, token_ids), len(token_ids) - 1)
+    room = min(params.max_tokens, context.max_positions - len(token_ids))
+    before = replace(context.traffic)
+    started = first_at = time.perf_counter()
+    for count in range(1, room + 1):
+        logits = await context.advance(token_ids)
+        token_id = sampler.choose(logits, token_ids)
+        now = time.perf_counter()
+        if count == 1:
+            stats.time_to_first_token_s, first_at = now - started, now
+            first_traffic = replace(context.traffic)
+            stats.prefill_traffic = first_traffic.since(before)
+        stats.decode_s = now - first_at
+        stats.decode_traffic = context.traffic.since(first_traffic)
+        stats.completion_tokens = count
+        stats.token_ids.append(token_id)
+        if token_id in eos_ids:
+            stats.finish_reason = FinishReason.STOP
+            return
+        token_ids.append(token_id)
+        yield token_id
+    stats.finish_reason = FinishReason.LENGTH
+
+
+async def generate_text(
+    context: Context,
+    tokenizer: Tokenizer,
+    prompt_ids: Seq[int],
+    params: SamplingParams,
+    eos_ids: Seq[int],
+    stats: GenerationStats,
+) -> AsyncGenerator[str, None]:
+    """Yield pieces of the answer's text as they become certain; see ``generate_tokens``."""
+    text = TextStream(tokenizer, params.stop)
+    tokens = generate_tokens(context, prompt_ids, params, eos_ids, stats)
+    try:
+        async for token_id in tokens:
+            if piece := text.push(token_id):
+                yield piece
+            if text.stopped:
+                stats.finish_reason = FinishReason.STOP
+                return
+        if piece := text.flush():
+            yield piece
+    finally:
+        # Without this an abandoned inner iterator is finalised by the garbage collector, late.
+        await tokens.aclose()
+
+
+def common_prefix(a: Seq[int], b: Seq[int]) -> int:
+    """Number of leading tokens that two sequences share."""
+    longest = min(len(a), len(b))
+    if a[:longest] == b[:longest]:  # the usual case, compared without a Python loop
+        return longest
+    return next((i for i in range(longest) if a[i] != b[i]), longest)

@@ -1,0 +1,23 @@
+"""How tokens are chosen and when to stop, as people and programs write it."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class SamplingParams(BaseModel):
+    """How to choose tokens and when to stop. The defaults are greedy."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    temperature: float = Field(default=0.0, ge=0.0, le=100.0)
+    """0: always the most likely token; the other filters of chance then have no effect."""
+    top_k: int = Field(default=0, ge=0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    repetition_penalty: float = Field(default=1.0, gt=0.0)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    max_tokens: int = Field(default=512, gt=0)
+    stop: tuple[str, ...] = Field(default=(), max_length=16)
+    ignore_eos: bool = False
+    """Go on to ``max_tokens`` whatever is sampled; for benchmarks."""

@@ -1,0 +1,82 @@
+"""Messages to frames and back.
+
+A frame is one message. Integers are little-endian. It starts with a prelude of 8 bytes:
+
+    offset 0  u8   message type
+           1  u8   flags, 0
+           2  u16  protocol version
+           4  u32  header_nbytes: size of the header that follows
+
+    1 Hello          3 OpenSession     5 CloseSession    16 StepBegin         18 ExchangeReply
+    2 ErrorReply     4 SessionOpened   6 SessionClosed   17 ExchangeRequest   19 StepEnd
+
+Types 1 to 6 carry no tensors: the frame ends with the header, a MessagePack array
+(``control.py``). In Hello and ErrorReply the array comes after the 8 bytes ``PrivLoRA``.
+Those and the prelude keep their places in every version, so any end can read from the first
+frame it gets that the peer speaks another version.
+
+Types 16 to 19 are sent for every exchange of every token and have fixed headers, followed by
+tensor data: each tensor begins at a multiple of 16 bytes from the start of the frame, zeros
+in between, and the frame ends with the last one.
+
+    offset 8   u64    session_id
+           16  u64    step_id
+           24  u32    point; StepBegin: position; StepEnd: 0
+           28  u32    StepBegin: output_rows; others: 0
+           32         tensor: hidden_states, z or y
+           64         tensor: StepBegin only: opening, all zeros if there is none
+
+    a tensor is described by 32 bytes:
+           0   u32    rows
+           4   u32    features
+           8   u64    nbytes of its data
+           16  16 B   name of its codec in ASCII, filled up with zeros
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from privatelora.errors import LocalProtocolError, RemoteProtocolError
+from privatelora.runtime.wire import steps
+from privatelora.runtime.wire.control import PARSERS, decode_control, encode_control
+from privatelora.runtime.wire.messages import PROTOCOL_VERSION, Buffer, Message
+from privatelora.runtime.wire.prelude import PRELUDE, TYPES, WireLimits
+
+_ENCODERS: dict[type[Message], Callable[[Any], tuple[Buffer, ...]]] = {
+    **dict.fromkeys(PARSERS, encode_control),
+    **steps.ENCODERS,
+}
+_DECODERS: dict[int, Callable[[memoryview, WireLimits], Message]] = {
+    **{TYPES[kind]: decode_control for kind in PARSERS},
+    **{TYPES[kind]: decoder for kind, decoder in steps.DECODERS.items()},
+}
+
+
+def encode(message: Message) -> tuple[Buffer, ...]:
+    """Return the parts that make one frame; tensor data is passed on, not copied.
+
+    Raises LocalProtocolError for a message that no peer would accept.
+    """
+    encoder = _ENCODERS.get(type(message))
+    if encoder is None:
+        raise LocalProtocolError(f"{type(message).__name__} is not a message")
+    return encoder(message)
+
+
+def decode(frame: memoryview, limits: WireLimits) -> Message:
+    """Return the message in ``frame``; tensor data are slices of it, not copies.
+
+    Raises VersionMismatch if the peer speaks another version, RemoteProtocolError for
+    anything else that is not a valid message.
+    """
+    if len(frame) < PRELUDE.size:
+        raise RemoteProtocolError(f"a frame of {len(frame)} bytes is too short to be a message")
+    decoder = _DECODERS.get(frame[0])
+    if decoder is None:
+        raise RemoteProtocolError(
+            f"message type {frame[0]} does not exist in protocol version {PROTOCOL_VERSION}; "
+            "is the peer a PrivateLoRA program?"
+        )
+    return decoder(frame, limits)

@@ -1,0 +1,77 @@
+"""What every frame starts with, and what it may say of itself. The layout is in ``codec.py``."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from privatelora.errors import RemoteProtocolError
+from privatelora.runtime.wire.messages import (
+    PROTOCOL_VERSION,
+    CloseSession,
+    ErrorReply,
+    ExchangeReply,
+    ExchangeRequest,
+    Hello,
+    Message,
+    OpenSession,
+    SessionClosed,
+    SessionOpened,
+    StepBegin,
+    StepEnd,
+)
+
+PRELUDE = struct.Struct("<BBHI")
+ID_BITS = 53
+"""Ids fit every JSON and floating-point reader: 0 <= id < 2**53."""
+MAX_SESSIONS = 1024
+"""Sessions that an edge may have on one connection and that are not over for it."""
+MAX_STEPS = 64
+"""Steps that may be in flight in one session."""
+TYPES: dict[type[Message], int] = {
+    Hello: 1,
+    ErrorReply: 2,
+    OpenSession: 3,
+    SessionOpened: 4,
+    CloseSession: 5,
+    SessionClosed: 6,
+    StepBegin: 16,
+    ExchangeRequest: 17,
+    ExchangeReply: 18,
+    StepEnd: 19,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class WireLimits:
+    """Bounds one end puts on what its peer may say; the frame's size is the transport's.
+
+    ``max_sessions`` and ``max_steps`` end the connection with whoever exceeds them, so they
+    guard memory and are no way to share out capacity; at most MAX_SESSIONS and MAX_STEPS.
+    """
+
+    max_rows: int = 2**20
+    max_features: int = 2**20
+    max_sessions: int = MAX_SESSIONS
+    max_steps: int = MAX_STEPS
+
+
+class MalformedError(Exception):
+    """A header breaks the format; the codec says whose fault it is."""
+
+
+def check_prelude(frame: memoryview, kind: type[Message], expected_nbytes: int) -> None:
+    """Raise RemoteProtocolError unless the prelude is that of a ``kind`` with such a header."""
+    _, flags, version, header_nbytes = PRELUDE.unpack_from(frame)
+    if version != PROTOCOL_VERSION:
+        raise RemoteProtocolError(
+            f"{kind.__name__} of protocol version {version} on a connection of version "
+            f"{PROTOCOL_VERSION}"
+        )
+    if flags:
+        raise RemoteProtocolError(f"{kind.__name__} with flags {flags:#x}, which are reserved")
+    if header_nbytes != expected_nbytes:
+        raise RemoteProtocolError(
+            f"{kind.__name__} declares a header of {header_nbytes} bytes where it has "
+            f"{expected_nbytes}"
+        )

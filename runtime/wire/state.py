@@ -1,0 +1,328 @@
+"""Who may say what when: one ``WireConnection`` at each end of a connection.
+
+It does no I/O. Every message this end says goes through ``send``, every frame it gets
+through ``receive``; both apply the same two tables, so the ends cannot disagree about them.
+They can only disagree in time: a message may be on its way to an end that has just said its
+last word on a session. Such a message is legal, and ``receive`` drops it.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from privatelora.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
+from privatelora.runtime.wire.codec import decode, encode
+from privatelora.runtime.wire.messages import (
+    Buffer,
+    CloseSession,
+    ErrorReply,
+    ExchangeReply,
+    ExchangeRequest,
+    Hello,
+    Message,
+    OpenSession,
+    Role,
+    SessionClosed,
+    SessionOpened,
+    StepBegin,
+    StepEnd,
+)
+from privatelora.runtime.wire.prelude import MAX_SESSIONS, WireLimits
+
+
+class Phase(IntEnum):
+    """Where a connection is."""
+
+    NEW = 0
+    """Nothing was said."""
+    GREETED = 1
+    """The edge said Hello."""
+    ACTIVE = 2
+    """So did the cloud."""
+    BROKEN = 3
+    """The peer broke the protocol; this end may still say so in an ErrorReply."""
+    ENDED = 4
+    """One end said ErrorReply without a session."""
+
+
+class SessionPhase(IntEnum):
+    """Where a session is; one that is OVER is forgotten."""
+
+    OPENING = 0
+    OPEN = 1
+    CLOSING = 2
+    """The edge said its last word."""
+    OVER = 3
+    """So did the cloud."""
+
+
+# What follows when this role says this in this phase. What is not listed is not allowed.
+# An ErrorReply without a session is meant here.
+CONNECTION_TABLE: dict[Role, dict[tuple[type[Message], Phase], Phase]] = {
+    Role.EDGE: {
+        (Hello, Phase.NEW): Phase.GREETED,
+        (ErrorReply, Phase.GREETED): Phase.ENDED,
+        (ErrorReply, Phase.ACTIVE): Phase.ENDED,
+        (ErrorReply, Phase.BROKEN): Phase.ENDED,
+    },
+    Role.CLOUD: {
+        (Hello, Phase.GREETED): Phase.ACTIVE,
+        (ErrorReply, Phase.NEW): Phase.ENDED,
+        (ErrorReply, Phase.GREETED): Phase.ENDED,
+        (ErrorReply, Phase.ACTIVE): Phase.ENDED,
+        (ErrorReply, Phase.BROKEN): Phase.ENDED,
+    },
+}
+
+# The same in a session of an ACTIVE connection. The edge's OpenSession makes it, OPENING.
+SESSION_TABLE: dict[Role, dict[tuple[type[Message], SessionPhase], SessionPhase]] = {
+    Role.EDGE: {
+        (StepBegin, SessionPhase.OPEN): SessionPhase.OPEN,
+        (ExchangeReply, SessionPhase.OPEN): SessionPhase.OPEN,
+        (CloseSession, SessionPhase.OPENING): SessionPhase.CLOSING,
+        (CloseSession, SessionPhase.OPEN): SessionPhase.CLOSING,
+        (ErrorReply, SessionPhase.OPENING): SessionPhase.CLOSING,
+        (ErrorReply, SessionPhase.OPEN): SessionPhase.CLOSING,
+    },
+    Role.CLOUD: {
+        (SessionOpened, SessionPhase.OPENING): SessionPhase.OPEN,
+        (ExchangeRequest, SessionPhase.OPEN): SessionPhase.OPEN,
+        (StepEnd, SessionPhase.OPEN): SessionPhase.OPEN,
+        (SessionClosed, SessionPhase.CLOSING): SessionPhase.OVER,
+        (ErrorReply, SessionPhase.OPENING): SessionPhase.OVER,
+        (ErrorReply, SessionPhase.OPEN): SessionPhase.OVER,
+        (ErrorReply, SessionPhase.CLOSING): SessionPhase.OVER,
+    },
+}
+
+# What can be on its way when an end has just said its last word: to an edge whose session is
+# CLOSING, and to a cloud that ended a session by ErrorReply.
+LATE: dict[Role, frozenset[type[Message]]] = {
+    Role.EDGE: frozenset({SessionOpened, ExchangeRequest, StepEnd}),
+    Role.CLOUD: frozenset({StepBegin, ExchangeReply, CloseSession, ErrorReply}),
+}
+
+
+class _Step:
+    __slots__ = ("point", "waiting")
+
+    def __init__(self) -> None:
+        self.point = -1
+        """Last exchange point asked for."""
+        self.waiting = False
+        """Its reply is still to come."""
+
+
+class _Session:
+    __slots__ = ("last_step_id", "phase", "steps")
+
+    def __init__(self) -> None:
+        self.phase = SessionPhase.OPENING
+        self.last_step_id = -1
+        self.steps: dict[int, _Step] = {}
+
+
+class WireConnection:
+    """One end's view of one connection."""
+
+    def __init__(self, role: Role, limits: WireLimits) -> None:
+        self._role = role
+        self._peer_role = Role.EDGE if role is Role.CLOUD else Role.CLOUD
+        self._limits = limits
+        self._phase = Phase.NEW
+        self._ended_here = False
+        self._max_frame_nbytes: int | None = None
+        self._sessions: dict[int, _Session] = {}
+        self._last_session_id = -1
+        # At a cloud: sessions it ended by ErrorReply, oldest first. What may still come for
+        # them was sent by an edge for which they were not over: at most MAX_SESSIONS, and the
+        # last ones in here.
+        self._failed: dict[int, None] = {}
+
+    @property
+    def phase(self) -> Phase:
+        """Where the connection is."""
+        return self._phase
+
+    @property
+    def sessions(self) -> dict[int, SessionPhase]:
+        """Phases of the sessions that are not over, by id, ascending."""
+        return {session_id: session.phase for session_id, session in self._sessions.items()}
+
+    def steps(self, session_id: int) -> tuple[int, ...]:
+        """Ids of a session's steps in flight, ascending; none if it is over or unknown."""
+        session = self._sessions.get(session_id)
+        return tuple(session.steps) if session else ()
+
+    def send(self, message: Message) -> tuple[Buffer, ...]:
+        """Say ``message``: the parts of its frame, to be sent in the order of these calls.
+
+        Raises LocalProtocolError, and changes nothing, if it may not be said now or is too
+        large for the peer.
+        """
+        parts = encode(message)
+        if self._max_frame_nbytes is not None:
+            nbytes = sum(map(len, parts))
+            if nbytes > self._max_frame_nbytes:
+                raise LocalProtocolError(
+                    f"{type(message).__name__} of {nbytes} bytes is too large: the "
+                    f"{self._peer_role} accepts {self._max_frame_nbytes}; send fewer rows at once"
+                )
+        self._advance(message, self._role, LocalProtocolError)
+        return parts
+
+    def receive(self, frame: memoryview) -> Message | None:
+        """Return the message in ``frame``, or None for one that came too late to matter.
+
+        Raises RemoteProtocolError or VersionMismatch; from then on only an ErrorReply
+        without a session can be sent, and nothing received.
+        """
+        if self._ended_here:
+            return None
+        try:
+            if self._phase >= Phase.BROKEN:
+                raise RemoteProtocolError(
+                    f"a frame from the {self._peer_role} after its last one: the connection is "
+                    f"{self._phase.name}"
+                )
+            message = decode(frame, self._limits)
+            late = self._advance(message, self._peer_role, RemoteProtocolError)
+        except ProtocolError:
+            if self._phase is not Phase.ENDED:
+                self._phase = Phase.BROKEN
+            raise
+        if late:
+            return None
+        if isinstance(message, Hello):
+            self._max_frame_nbytes = message.max_frame_nbytes
+        return message
+
+    def _advance(self, message: Message, sender: Role, error: type[ProtocolError]) -> bool:
+        """Check and record that ``sender`` says ``message``; return whether it came too late.
+
+        Raises ``error`` before anything is changed.
+        """
+        if (
+            self._phase is not Phase.ACTIVE
+            or isinstance(message, Hello)
+            or message.session_id is None
+        ):
+            self._advance_connection(message, sender, error)
+            return False
+        session_id = message.session_id
+        session = self._sessions.get(session_id)
+        if session is None:
+            return self._advance_without_session(message, session_id, sender, error)
+        phase = SESSION_TABLE[sender].get((type(message), session.phase))
+        if phase is None:
+            edge_is_done = self._role is Role.EDGE and session.phase is SessionPhase.CLOSING
+            if edge_is_done and self._is_late(message, sender):
+                return True
+            raise error(
+                f"the {sender} may not say {type(message).__name__} in session {session_id}, "
+                f"which is {session.phase.name}"
+            )
+        if phase is SessionPhase.OPEN:
+            self._advance_step(session, message, error)
+        elif phase is SessionPhase.CLOSING:
+            session.steps.clear()
+        elif phase is SessionPhase.OVER:
+            del self._sessions[session_id]
+            if session.phase is not SessionPhase.CLOSING and self._role is Role.CLOUD:
+                self._remember_failed(session_id)
+        session.phase = phase
+        return False
+
+    def _advance_connection(
+        self, message: Message, sender: Role, error: type[ProtocolError]
+    ) -> None:
+        phase = CONNECTION_TABLE[sender].get((type(message), self._phase))
+        if phase is None or (isinstance(message, ErrorReply) and message.session_id is not None):
+            raise error(
+                f"the {sender} may not say {type(message).__name__} on a connection that is "
+                f"{self._phase.name}"
+            )
+        if isinstance(message, Hello) and message.role is not sender:
+            raise error(f"the {sender} says Hello as {message.role}: one end must be each")
+        if phase is Phase.ENDED:
+            self._ended_here = sender is self._role
+            self._sessions.clear()
+        self._phase = phase
+
+    def _advance_without_session(
+        self, message: Message, session_id: int, sender: Role, error: type[ProtocolError]
+    ) -> bool:
+        if isinstance(message, OpenSession) and sender is Role.EDGE:
+            if session_id <= self._last_session_id:
+                raise error(
+                    f"OpenSession {session_id} after {self._last_session_id}: ids must ascend"
+                )
+            if len(self._sessions) >= self._limits.max_sessions:
+                raise error(
+                    f"OpenSession {session_id} with {len(self._sessions)} sessions not yet over: "
+                    f"the limit is {self._limits.max_sessions}"
+                )
+            self._sessions[session_id] = _Session()
+            self._last_session_id = session_id
+            return False
+        if session_id in self._failed and self._is_late(message, sender):
+            if isinstance(message, CloseSession | ErrorReply):
+                del self._failed[session_id]
+            return True
+        raise error(
+            f"the {sender} may not say {type(message).__name__} in session {session_id}, "
+            "which does not exist"
+        )
+
+    def _advance_step(
+        self, session: _Session, message: Message, error: type[ProtocolError]
+    ) -> None:
+        """Check and record one of the messages after which a session is OPEN."""
+        match message:
+            case ExchangeRequest(step_id=step_id, point=point):
+                step = session.steps.get(step_id)
+                if step is None or step.waiting or point <= step.point:
+                    raise error(f"ExchangeRequest for point {point}: {_describe(session, message)}")
+                step.point = point
+                step.waiting = True
+            case ExchangeReply(step_id=step_id, point=point):
+                step = session.steps.get(step_id)
+                if step is None or not step.waiting or point != step.point:
+                    raise error(f"ExchangeReply for point {point}: {_describe(session, message)}")
+                step.waiting = False
+            case StepEnd(step_id=step_id):
+                step = session.steps.get(step_id)
+                if step is None or step.waiting:
+                    raise error(f"StepEnd: {_describe(session, message)}")
+                del session.steps[step_id]
+            case StepBegin(step_id=step_id):
+                if step_id <= session.last_step_id:
+                    raise error(
+                        f"StepBegin {step_id} after {session.last_step_id} in session "
+                        f"{message.session_id}: ids must ascend"
+                    )
+                if len(session.steps) >= self._limits.max_steps:
+                    raise error(
+                        f"StepBegin {step_id} with {len(session.steps)} steps in flight in "
+                        f"session {message.session_id}: the limit is {self._limits.max_steps}"
+                    )
+                session.steps[step_id] = _Step()
+                session.last_step_id = step_id
+
+    def _is_late(self, message: Message, sender: Role) -> bool:
+        return sender is not self._role and type(message) in LATE[self._role]
+
+    def _remember_failed(self, session_id: int) -> None:
+        self._failed[session_id] = None
+        if len(self._failed) > MAX_SESSIONS:
+            del self._failed[next(iter(self._failed))]
+
+
+def _describe(session: _Session, message: ExchangeRequest | ExchangeReply | StepEnd) -> str:
+    where = f"step {message.step_id} of session {message.session_id}"
+    step = session.steps.get(message.step_id)
+    if step is None:
+        return f"{where} is not in flight"
+    if step.point < 0:
+        return f"{where} was not asked for any point yet"
+    return f"{where} {'waits for' if step.waiting else 'has had'} the reply of point {step.point}"

@@ -1,0 +1,132 @@
+"""Messages for the tests: one of each kind, and strategies for all of them."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+
+from hypothesis import strategies as st
+
+from privatelora.runtime.wire.codec import encode
+from privatelora.runtime.wire.messages import (
+    CloseSession,
+    ErrorCode,
+    ErrorReply,
+    ExchangeReply,
+    ExchangeRequest,
+    Fingerprints,
+    Hello,
+    Message,
+    OpenSession,
+    OutputRows,
+    Role,
+    SessionClosed,
+    SessionOpened,
+    StepBegin,
+    StepEnd,
+    TensorPayload,
+)
+
+PRINTS = Fingerprints("a" * 64, "b" * 64, "c" * 64)
+EDGE_HELLO = Hello(Role.EDGE, "privatelora 0.1", PRINTS, ("bf16", "fp32"), 2**20)
+CLOUD_HELLO = Hello(
+    Role.CLOUD, "privatelora 0.1", PRINTS, ("fp32", "bf16"), 2**21, 4096, 8, ("resume", "x.y-1")
+)
+
+
+def payload(rows: int = 1, features: int = 3, codec: str = "fp16") -> TensorPayload:
+    data = bytes(i % 251 + 1 for i in range(2 * rows * features))
+    return TensorPayload(codec, (rows, features), data)
+
+
+SAMPLES: tuple[Message, ...] = (
+    EDGE_HELLO,
+    CLOUD_HELLO,
+    ErrorReply(ErrorCode.CAPACITY, "all 8 sessions are taken: try later", 7, {"limit": "8"}),
+    ErrorReply(ErrorCode.VERSION, "versions differ"),
+    OpenSession(7, 4096, "bf16", "fp16"),
+    SessionOpened(7, 4096),
+    CloseSession(7),
+    SessionClosed(2**53 - 1),
+    StepBegin(7, 9, 12, OutputRows.LAST, payload(2, 3), payload(2, 4, "bf16")),
+    StepBegin(7, 10, 14, OutputRows.NONE, payload(1, 5), None),
+    ExchangeRequest(7, 9, 3, payload(2, 6)),
+    ExchangeReply(7, 9, 3, payload(2, 9, "int4.g64+lz4")),
+    StepEnd(7, 9, payload(1, 3)),
+    StepEnd(7, 10, payload(0, 3)),
+)
+
+
+def frame_of(message: Message) -> memoryview:
+    return memoryview(bytearray(b"".join(encode(message))))
+
+
+# Strategies
+
+ids = st.integers(0, 2**53 - 1)
+uint32 = st.integers(0, 2**32 - 1)
+positive_uint32 = st.integers(1, 2**32 - 1)
+texts = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), max_size=30)
+
+
+def names(max_size: int) -> st.SearchStrategy[str]:
+    alphabet = string.ascii_lowercase + string.digits + "_.+-"
+    return st.text(alphabet, max_size=max_size - 1).map("c".__add__)
+
+
+codecs = names(16)
+any_rows = st.integers(0, 2**20)
+wrappers: st.SearchStrategy[Callable[[bytes], bytes | bytearray | memoryview]] = st.sampled_from(
+    [bytes, bytearray, memoryview]
+)
+
+
+@st.composite
+def payloads(draw: st.DrawFn, rows: st.SearchStrategy[int]) -> TensorPayload:
+    data = draw(wrappers)(draw(st.binary(max_size=200)))
+    shape = (draw(rows), draw(st.integers(0, 2**20)))
+    return TensorPayload(draw(codecs), shape, data)
+
+
+@st.composite
+def step_begins(draw: st.DrawFn) -> StepBegin:
+    rows = st.just(draw(st.integers(1, 2**20)))
+    return StepBegin(
+        draw(ids),
+        draw(ids),
+        draw(uint32),
+        draw(st.sampled_from(OutputRows)),
+        draw(payloads(rows)),
+        draw(st.none() | payloads(rows)),
+    )
+
+
+fingerprints = st.text("0123456789abcdef", min_size=64, max_size=64)
+messages: st.SearchStrategy[Message] = st.one_of(
+    st.builds(
+        Hello,
+        role=st.sampled_from(Role),
+        software=texts,
+        fingerprints=st.builds(Fingerprints, fingerprints, fingerprints, fingerprints),
+        codecs=st.lists(codecs, max_size=32).map(tuple),
+        max_frame_nbytes=st.integers(2**17, 2**53 - 1),
+        max_positions=uint32,
+        max_sessions=uint32,
+        capabilities=st.lists(names(64), max_size=64).map(tuple),
+    ),
+    st.builds(
+        ErrorReply,
+        code=st.sampled_from(ErrorCode),
+        message=texts,
+        session_id=st.none() | ids,
+        details=st.dictionaries(names(64), texts, max_size=16),
+    ),
+    st.builds(OpenSession, ids, positive_uint32, codecs, codecs),
+    st.builds(SessionOpened, ids, positive_uint32),
+    st.builds(CloseSession, ids),
+    st.builds(SessionClosed, ids),
+    step_begins(),
+    st.builds(ExchangeRequest, ids, ids, uint32, payloads(any_rows)),
+    st.builds(ExchangeReply, ids, ids, uint32, payloads(any_rows)),
+    st.builds(StepEnd, ids, ids, payloads(any_rows)),
+)

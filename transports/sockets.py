@@ -1,0 +1,270 @@
+"""Opening, listening on and accepting raw non-blocking TCP sockets.
+
+Everything waits through ``loop.add_reader`` and ``loop.add_writer`` with bare descriptors,
+which asyncio and uvloop treat alike as long as a descriptor is removed before it is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from privatelora.errors import ConnectError, TransportTimeout
+from privatelora.transports.address import Address
+from privatelora.transports.flow import wake
+
+_logger = logging.getLogger("privatelora.transports")
+
+ACCEPT_RETRY_S = 1.0
+"""Pause after a failed accept (no descriptors left, say); retrying at once would spin."""
+
+_BACKLOG = 128
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+# Without these the system looks after a silent peer only after two hours.
+_KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
+
+# family, and what bind and connect take
+_Endpoint = tuple[socket.AddressFamily, Any]
+
+
+async def wait_writable(
+    loop: asyncio.AbstractEventLoop, sock: socket.socket, waiter: asyncio.Future[None]
+) -> None:
+    """Wait until ``sock`` takes bytes or has failed, or ``waiter`` is resolved otherwise."""
+    loop.add_writer(sock.fileno(), wake, waiter)
+    try:
+        await waiter
+    finally:
+        # Once it is closed its number may already be another socket's.
+        if sock.fileno() != -1:
+            loop.remove_writer(sock.fileno())
+
+
+def configure(sock: socket.socket) -> None:
+    """Set what every connected socket has: non-blocking, no delay, keep-alive."""
+    sock.setblocking(False)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEPALIVE.items():
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def close_with_reset(sock: socket.socket) -> None:
+    """Close without delivering what is unsent; the peer sees a reset."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+    sock.close()
+
+
+def endpoint_text(scheme: str, sockname: Sequence[Any]) -> str:
+    """``scheme://host:port`` of what ``getsockname`` or ``getpeername`` returned."""
+    return str(Address(scheme, sockname[0], sockname[1]))
+
+
+def contact_text(address: Address, listening: socket.socket) -> str:
+    """Contact address of a listener; for a wildcard, the one that works on this machine."""
+    host = address.host
+    if address.is_wildcard:
+        host = "::1" if ":" in host else "127.0.0.1"
+    return str(Address(address.scheme, host, listening.getsockname()[1]))
+
+
+async def open_connection(address: Address, timeout_s: float) -> socket.socket:
+    """Connect to a contact address; every IP of the host is tried in turn.
+
+    Raises ConfigError, ConnectError or TransportTimeout.
+    """
+    host, port = address.require_contact()
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout_s
+    error: OSError | None = None
+    try:
+        async with asyncio.timeout_at(deadline):
+            endpoints = await _resolve(address, host, port)
+            for index, endpoint in enumerate(endpoints):
+                # A dead first address must leave time for the others.
+                share_s = (deadline - loop.time()) / (len(endpoints) - index)
+                try:
+                    async with asyncio.timeout(share_s):
+                        return await _connect(loop, endpoint)
+                except OSError as failure:
+                    # A refusal says more than the silence of another address.
+                    if error is None or isinstance(error, TimeoutError):
+                        error = failure
+    except TimeoutError as failure:
+        error = error or failure
+    if isinstance(error, TimeoutError):
+        raise TransportTimeout(
+            f"cannot connect to {address}: no answer within {timeout_s:g} s; "
+            "check the host, the port and any firewall between"
+        ) from error
+    hint = "check the host and port"
+    if isinstance(error, ConnectionRefusedError):
+        hint = "check that the peer is running and listens on this host and port"
+    raise ConnectError(f"cannot connect to {address}: {_reason(error)}; {hint}") from error
+
+
+async def open_listeners(address: Address) -> list[socket.socket]:
+    """Listen on every IP that the host of a listen address stands for, on one port.
+
+    Raises ConfigError or ConnectError.
+    """
+    host, port = address.require_listen()
+    sockets: list[socket.socket] = []
+    error: OSError | None = None
+    if host == "*":
+        candidates: list[_Endpoint] = [(socket.AF_INET6, ("::", port))]
+        if not socket.has_dualstack_ipv6():
+            candidates = [(socket.AF_INET, ("0.0.0.0", port))]
+    else:
+        candidates = await _resolve(address, host, port)
+    for family, sockaddr in candidates:
+        if sockets:
+            sockaddr = (sockaddr[0], sockets[0].getsockname()[1], *sockaddr[2:])
+        try:
+            sockets.append(_listen((family, sockaddr), dual_stack=host == "*"))
+        except OSError as failure:
+            error = failure
+            # A name such as localhost may stand for an IPv6 address that is switched off here.
+            if failure.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                break
+    else:
+        if sockets:
+            return sockets
+    for sock in sockets:
+        sock.close()
+    raise _cannot_listen(address, error) from error
+
+
+class AcceptLoop:
+    """Accepts on listening sockets, which it owns, and hands over configured sockets.
+
+    ``on_accept`` must not wait; an OSError from it means that the peer is already gone.
+    """
+
+    def __init__(
+        self, sockets: Sequence[socket.socket], on_accept: Callable[[socket.socket], None]
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._on_accept = on_accept
+        self._sockets = tuple(sockets)
+        self._retries: dict[socket.socket, asyncio.TimerHandle] = {}
+        for sock in self._sockets:
+            self._resume(sock)
+
+    def close(self) -> None:
+        """Stop accepting and close the listening sockets. May be repeated."""
+        for retry in self._retries.values():
+            retry.cancel()
+        for sock in self._sockets:
+            if sock.fileno() != -1:
+                self._loop.remove_reader(sock.fileno())
+                sock.close()
+
+    def _resume(self, listening: socket.socket) -> None:
+        self._retries.pop(listening, None)
+        self._loop.add_reader(listening.fileno(), self._accept, listening)
+
+    def _accept(self, listening: socket.socket) -> None:
+        for _ in range(_BACKLOG):
+            try:
+                sock, _peer = listening.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                _logger.error(
+                    "%s cannot accept: %s; trying again in %g s",
+                    endpoint_text("tcp", listening.getsockname()),
+                    _reason(error),
+                    ACCEPT_RETRY_S,
+                )
+                self._loop.remove_reader(listening.fileno())
+                self._retries[listening] = self._loop.call_later(
+                    ACCEPT_RETRY_S, self._resume, listening
+                )
+                return
+            try:
+                configure(sock)
+                self._on_accept(sock)
+            except OSError:
+                sock.close()
+
+
+async def _resolve(address: Address, host: str, port: int) -> list[_Endpoint]:
+    try:
+        try:
+            # Numbers need no name service, and so no thread.
+            infos = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+            )
+        except socket.gaierror:
+            infos = await asyncio.get_running_loop().getaddrinfo(
+                host, port, type=socket.SOCK_STREAM
+            )
+    except (OSError, UnicodeError) as error:
+        raise ConnectError(
+            f"cannot resolve the host of {address}: {_reason(error)}; "
+            "check its spelling and this machine's name service"
+        ) from error
+    return [(family, sockaddr) for family, _type, _proto, _canonical, sockaddr in infos]
+
+
+async def _connect(loop: asyncio.AbstractEventLoop, endpoint: _Endpoint) -> socket.socket:
+    family, sockaddr = endpoint
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        configure(sock)
+        code = sock.connect_ex(sockaddr)
+        if code == errno.EINPROGRESS:
+            await wait_writable(loop, sock, loop.create_future())
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        # Dialling a free local port can meet itself, if the system picks it as the source.
+        if code == 0 and sock.getsockname() == sock.getpeername():
+            code = errno.ECONNREFUSED
+        if code != 0:
+            raise OSError(code, os.strerror(code))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _listen(endpoint: _Endpoint, *, dual_stack: bool) -> socket.socket:
+    family, sockaddr = endpoint
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not dual_stack)
+        sock.bind(sockaddr)
+        sock.listen(_BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _cannot_listen(address: Address, error: OSError | None) -> ConnectError:
+    hint = "check the host and port"
+    if error is not None and error.errno == errno.EADDRINUSE:
+        hint = "stop the program that listens there, choose another port, or 0 for any free one"
+    elif error is not None and error.errno == errno.EADDRNOTAVAIL:
+        hint = "name an address of this machine, or 0.0.0.0 for all of them"
+    elif error is not None and error.errno in (errno.EACCES, errno.EPERM):
+        hint = "choose a port above 1023 or run with the right to use it"
+    return ConnectError(f"cannot listen on {address}: {_reason(error)}; {hint}")
+
+
+def _reason(error: BaseException | None) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error)
