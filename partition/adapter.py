@@ -119,6 +119,14 @@ def load_adapter(path: Path, plan: Plan, basis_fingerprint: str, model_fingerpri
     :func:`read_adapter` does.
     """
     adapter = read_adapter(path)
+    check_adapter(adapter, str(path), plan, basis_fingerprint, model_fingerprint)
+    return adapter
+
+
+def check_adapter(
+    adapter: Adapter, path: str, plan: Plan, basis_fingerprint: str, model_fingerprint: str
+) -> None:
+    """Raise PartitionError if ``adapter``, read from ``path``, is not for these three."""
     theirs, ours = adapter.plan.arrangement(), plan.arrangement()
     different = [key for key in ours if theirs[key] != ours[key]]
     if different:
@@ -139,7 +147,6 @@ def load_adapter(path: Path, plan: Plan, basis_fingerprint: str, model_fingerpri
             f"{path} was made for model {str(adapter.model_fingerprint)[:12]}, the shard is of "
             f"{model_fingerprint[:12]}; use the shards of that model, or another adapter"
         )
-    return adapter
 
 
 def _read_arrangement(file: TensorFileReader) -> Plan:

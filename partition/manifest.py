@@ -25,7 +25,7 @@ from pydantic import (
 from privatelora.errors import PartitionError
 from privatelora.partition.basis import BasisProvenance
 from privatelora.partition.files import os_errors, write_atomic
-from privatelora.partition.layout import ShardRole
+from privatelora.partition.layout import ROLES, ShardRole
 from privatelora.partition.models.config import DecoderConfig
 from privatelora.partition.models.families import MAX_LAYERS
 from privatelora.partition.plan import Plan
@@ -129,13 +129,15 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST_NAME
     if not path.is_file():
-        inner = [name for name in ("cloud", "edge") if (directory / name / MANIFEST_NAME).is_file()]
+        inner = [
+            str(directory / role) for role in ROLES if (directory / role / MANIFEST_NAME).is_file()
+        ]
         hint = (
-            f"; did you mean {directory / inner[0]}?"
+            f"did you mean {' or '.join(inner)}?"
             if inner
-            else "; make one with privatelora partition"
+            else "make one with privatelora partition"
         )
-        raise PartitionError(f"{directory} is not a shard: it has no {MANIFEST_NAME}{hint}")
+        raise PartitionError(f"{directory} is not a shard: it has no {MANIFEST_NAME}; {hint}")
     with os_errors(f"read {path}"), path.open("rb") as file:
         text = file.read(MAX_MANIFEST_NBYTES + 1)
     if len(text) > MAX_MANIFEST_NBYTES:

@@ -32,6 +32,7 @@ from privatelora.partition.manifest import (
     TensorEntry,
     write_manifest,
 )
+from privatelora.partition.models.config import DecoderConfig
 from privatelora.partition.models.families import tensor_names
 from privatelora.partition.plan import Plan, fingerprint
 from privatelora.partition.staging import staged
@@ -51,6 +52,24 @@ def _silent(phase: str, done: int, total: int) -> None:
 
 
 Writers = dict[ShardRole, TensorFileWriter]
+
+
+class ModelFingerprint:
+    """Fingerprint over a model's config and every source tensor, in any order."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        self._config = config
+        self._entries: list[tuple[str, tuple[int, ...], str, str]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take in one tensor as the checkpoint returns it."""
+        dtype = DTYPE_NAMES[tensor.dtype]
+        self._entries.append((name, tuple(tensor.shape), dtype, sha256_of(tensor)))
+
+    def hexdigest(self) -> str:
+        """SHA-256 (hex) of the config and everything added, sorted by name."""
+        config = self._config.model_dump(mode="json")
+        return fingerprint({"config": config, "tensors": sorted(self._entries)})
 
 
 def natural_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -152,15 +171,14 @@ def _copy_model(checkpoint: Checkpoint, writers: Writers, progress: Progress) ->
         math.prod(shape) * checkpoint.dtype(name).itemsize for name, shape in shapes.items()
     )
     done = 0
-    entries: list[tuple[str, tuple[int, ...], str, str]] = []
-    for name, shape in shapes.items():
+    model = ModelFingerprint(checkpoint.config)
+    for name in shapes:
         tensor = checkpoint.read(name)
-        entries.append((name, shape, DTYPE_NAMES[tensor.dtype], sha256_of(tensor)))
+        model.add(name, tensor)
         _write(name, tensor, writers)
         done += tensor.nbytes
         progress("model", done, total)
-    config = checkpoint.config.model_dump(mode="json")
-    return fingerprint({"config": config, "tensors": sorted(entries)})
+    return model.hexdigest()
 
 
 def _write_basis(

@@ -42,7 +42,7 @@ def staged(
             try:
                 yield temporary
                 with os_errors(f"write {out}"):
-                    _move_all(temporary, out, names)
+                    _move_all(temporary, out, names, replace)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     finally:
@@ -65,24 +65,24 @@ def _check_free(path: Path, replace: bool, content: Collection[str]) -> None:
         )
 
 
-def _move_all(temporary: Path, out: Path, names: Sequence[str]) -> None:
-    """Move the new directories in, or put the old ones back."""
-    done: list[str] = []
+def _move_all(temporary: Path, out: Path, names: Sequence[str], replace: bool) -> None:
+    """Move the new directories in, or leave everything as it was."""
     replaced = temporary / "replaced"
     replaced.mkdir()
+    moved: list[str] = []
     try:
         for name in names:
-            if (out / name).exists():
+            if replace and (out / name).exists():
                 (out / name).rename(replaced / name)
-            done.append(name)
             (temporary / name).rename(out / name)
+            moved.append(name)
+        _sync(out)
     except BaseException:
-        for name in done:
-            shutil.rmtree(out / name, ignore_errors=True)
-            if (replaced / name).exists():
-                (replaced / name).rename(out / name)
+        for name in moved:
+            (out / name).rename(temporary / name)
+        for path in replaced.iterdir():
+            path.rename(out / path.name)
         raise
-    _sync(out)
 
 
 @contextlib.contextmanager

@@ -33,3 +33,16 @@ async def wait_for_stop() -> None:
     finally:
         for number in signals:
             loop.remove_signal_handler(number)
+
+
+async def until_stopped(work: Coroutine[Any, Any, None]) -> None:
+    """Run ``work`` until it ends or the process is asked to stop, which cancels it."""
+    tasks = {asyncio.create_task(work), asyncio.create_task(wait_for_stop())}
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()

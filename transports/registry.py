@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import inspect
 
 from privatelora.errors import ConfigError
 from privatelora.transports.address import parse_address
@@ -54,17 +55,19 @@ def _load(scheme: str) -> Transport:
     entry_point = _find(scheme)
     try:
         loaded = entry_point.load()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever the import of another package's module raises
         raise ConfigError(
             f"the transport {scheme}:// ({entry_point.value}) cannot be loaded: {error}; "
             "install what it needs or use another scheme"
         ) from error
-    if not (isinstance(loaded, type) and issubclass(loaded, Transport)):
+    is_transport = isinstance(loaded, type) and issubclass(loaded, Transport)
+    if not is_transport or inspect.isabstract(loaded):
         raise ConfigError(
-            f"the transport {scheme}:// ({entry_point.value}) is not a subclass of "
+            f"the transport {scheme}:// ({entry_point.value}) is not a complete subclass of "
             "privatelora.transports.base.Transport; report this to the package that provides it"
         )
-    return loaded()
+    transport: Transport = loaded()
+    return transport
 
 
 def _find(scheme: str) -> importlib.metadata.EntryPoint:

@@ -35,6 +35,9 @@ _PLAIN = {
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
 
+# Dequantising works on copies; in parts, they stay small beside the tensor.
+_ROWS_AT_ONCE = 1024
+
 _TOP_NAMES = {
     "token_embd.weight": EMBED_TOKENS,
     "output_norm.weight": FINAL_NORM,
@@ -138,9 +141,12 @@ class GgufCheckpoint(Checkpoint):
             return torch.frombuffer(raw, dtype=_PLAIN[tensor.encoding]).reshape(tensor.shape)
         block_size, block_nbytes = GGML_QUANT_SIZES[tensor.encoding]
         row_nbytes = tensor.shape[-1] // block_size * block_nbytes
+        rows = np.frombuffer(raw, np.uint8).reshape(-1, row_nbytes)
+        values = np.empty((len(rows), tensor.shape[-1]), np.float32)
         with np.errstate(all="ignore"):
-            rows = np.frombuffer(raw, np.uint8).reshape(-1, row_nbytes)
-            values = dequantize(rows, tensor.encoding)
+            for start in range(0, len(rows), _ROWS_AT_ONCE):
+                part = slice(start, start + _ROWS_AT_ONCE)
+                values[part] = dequantize(rows[part], tensor.encoding)
         return torch.from_numpy(values).reshape(tensor.shape)
 
     def _rope_factors(self, header: GgufHeader) -> npt.NDArray[np.float32] | None:

@@ -122,7 +122,7 @@ def partition(
     options = options.model_copy(update={k: v for k, v in given.items() if v is not None})
     with open_checkpoint(model) as checkpoint:
         chosen = options.plan_for(checkpoint.config)
-        with _progress() as progress:
+        with show_progress() as progress:
             manifests = partition_checkpoint(
                 checkpoint,
                 out,
@@ -188,7 +188,7 @@ def _print_summary(out: Path, cloud: Manifest, edge: Manifest) -> None:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Progress]:
+def show_progress() -> Iterator[Progress]:
     """Give a callback that draws two bars on stderr, if that is a terminal."""
     console = Console(stderr=True)
     with Bars(

@@ -46,8 +46,8 @@ TYPES: dict[type[Message], int] = {
 class WireLimits:
     """Bounds one end puts on what its peer may say; the frame's size is the transport's.
 
-    ``max_sessions`` and ``max_steps`` end the connection with whoever exceeds them, so they
-    guard memory and are no way to share out capacity; at most MAX_SESSIONS and MAX_STEPS.
+    ``max_sessions`` (per connection) and ``max_steps`` (in flight, per session) guard memory:
+    a peer that exceeds them loses the connection. Capacity is shared out by ErrorReply.
     """
 
     max_rows: int = 2**20

@@ -271,7 +271,7 @@ class WireConnection:
             return True
         raise error(
             f"the {sender} may not say {type(message).__name__} in session {session_id}, "
-            "which does not exist"
+            "which does not exist or is over"
         )
 
     def _advance_step(

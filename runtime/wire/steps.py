@@ -128,10 +128,11 @@ def _encode_step_begin(message: StepBegin) -> tuple[Buffer, ...]:
     hidden_states, opening = message.hidden_states, message.opening
     rows, features = hidden_states.shape
     hidden_nbytes = _nbytes(hidden_states.data)
-    if rows < 1 or (opening is not None and opening.shape[0] != rows):
+    if rows < 1:
+        raise LocalProtocolError("StepBegin cannot be sent: a step of no rows")
+    if opening is not None and opening.shape[0] != rows:
         raise LocalProtocolError(
-            f"StepBegin cannot be sent: {rows} rows of hidden states"
-            + (f", {opening.shape[0]} of the opening" if opening else "")
+            f"StepBegin cannot be sent: opening has {opening.shape[0]} rows in a step of {rows}"
         )
     try:
         if (message.session_id | message.step_id) >> ID_BITS:
@@ -209,8 +210,10 @@ def _decode_step_begin(frame: memoryview, limits: WireLimits) -> StepBegin:
         raise _bad_id(StepBegin)
     if output_rows >= len(_OUTPUT_ROWS):
         raise RemoteProtocolError(f"StepBegin: output_rows {output_rows} does not exist")
-    if not 0 < rows <= limits.max_rows or features > limits.max_features:
+    if rows > limits.max_rows or features > limits.max_features:
         raise _bad_shape(StepBegin, rows, features, limits)
+    if not rows:
+        raise RemoteProtocolError("StepBegin: a step of no rows")
     end = _TWO_NBYTES + nbytes
     return StepBegin(
         session_id,
@@ -237,7 +240,9 @@ def _decode_opening(
         if end != len(frame):
             raise _bad_size(StepBegin, end - _TWO_NBYTES, len(frame) - _TWO_NBYTES)
         return None
-    if rows != step_rows or features > limits.max_features:
+    if rows != step_rows:
+        raise RemoteProtocolError(f"StepBegin: opening has {rows} rows in a step of {step_rows}")
+    if features > limits.max_features:
         raise _bad_shape(StepBegin, rows, features, limits)
     start = end + -end % ALIGNMENT
     if start + nbytes != len(frame):
@@ -261,8 +266,8 @@ def _bad_shape(
     kind: type[Message], rows: int, features: int, limits: WireLimits
 ) -> RemoteProtocolError:
     return RemoteProtocolError(
-        f"{kind.__name__}: a tensor of {rows} x {features} is not possible here (at most "
-        f"{limits.max_rows} x {limits.max_features}, as many rows as the step, not none)"
+        f"{kind.__name__}: a tensor of {rows} x {features} is too large, at most "
+        f"{limits.max_rows} x {limits.max_features} is accepted"
     )
 
 

@@ -1,25 +1,19 @@
-"""Helpers of the tests around shards: split a tiny model, and run a command as a user would."""
+"""Helpers of the tests around shards."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
 import torch
-import typer
 
-from privatelora.cli import adapter, partition
-from privatelora.cli._app import run
 from privatelora.partition.checkpoint import open_checkpoint
 from privatelora.partition.layout import ShardRole
 from privatelora.partition.manifest import Manifest
 from privatelora.partition.plan_file import make_plan
-from privatelora.partition.split import make_basis, partition_checkpoint
-from tests.partition.tiny import save_tiny
+from privatelora.partition.split import Progress, make_basis, partition_checkpoint
 
 
 class Result(NamedTuple):
@@ -38,31 +32,6 @@ class Result(NamedTuple):
 Command = Callable[..., Result]
 
 
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run ``privatelora`` with arguments, with the commands of this room registered."""
-    app = typer.Typer(add_completion=False)
-    partition.register(app)
-    adapter.register(app)
-
-    def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["privatelora", *map(str, arguments)])
-        monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer replaces it
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_info:
-            run(app)
-        captured = capsys.readouterr()
-        return Result(int(exit_info.value.code or 0), captured.out, captured.err)
-
-    return call
-
-
-@pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama checkpoint in float32; nobody writes to it."""
-    return save_tiny("llama", tmp_path_factory.mktemp("models") / "llama")
-
-
 def split(
     model: Path,
     out: Path,
@@ -72,9 +41,10 @@ def split(
     dtype: torch.dtype = torch.float32,
     replace: bool = False,
     rank: int = 8,
+    progress: Progress = lambda phase, done, total: None,
     **options: Any,
 ) -> dict[ShardRole, Manifest]:
-    """Partition a checkpoint directory."""
+    """Partition a checkpoint directory with small ranks."""
     with open_checkpoint(str(model)) as checkpoint:
         plan = make_plan(checkpoint.config, **{"rank_up": rank, "rank_down": rank, **options})
         return partition_checkpoint(
@@ -84,4 +54,5 @@ def split(
             make_basis(basis, plan, checkpoint, seed=seed),
             dtype=dtype,
             replace=replace,
+            progress=progress,
         )

@@ -79,11 +79,9 @@ def write_gguf(
         elif arch == "llama" and ".k_proj." in name:
             weight = interleave(weight, config.num_key_value_heads)
         stored = encoding if weight.ndim == 2 else Type.F32
-        writer.add_tensor(
-            arch_names.get_name(name, try_suffixes=(".weight", ".bias")),
-            gguf.quants.quantize(weight, stored),
-            raw_dtype=stored,
-        )
+        gguf_name = arch_names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert gguf_name is not None
+        writer.add_tensor(gguf_name, gguf.quants.quantize(weight, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -156,7 +154,7 @@ def test_end_of_turn_is_an_end(tmp_path: Path) -> None:
 
 def linear(writer: gguf.GGUFWriter) -> None:
     writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-    writer.add_rope_scaling_factors(4.0)
+    writer.add_rope_scaling_factor(4.0)
     writer.add_rope_freq_base(5e5)
 
 
@@ -211,7 +209,7 @@ def both_scalings(writer: gguf.GGUFWriter) -> None:
 
 def yarn(writer: gguf.GGUFWriter) -> None:
     writer.add_rope_scaling_type(RopeScalingType.YARN)
-    writer.add_rope_scaling_factors(4.0)
+    writer.add_rope_scaling_factor(4.0)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

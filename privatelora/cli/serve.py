@@ -1,0 +1,51 @@
+"""``privatelora-serve``: the cloud daemon."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from privatelora.cli._app import run, set_up_logging
+
+app = typer.Typer(add_completion=False)
+
+EXAMPLE = "Example: privatelora-serve configs/cloud-loopback.yaml"
+
+
+@app.command(epilog=EXAMPLE)
+def serve(
+    config: Annotated[Path, typer.Argument(help="YAML file of the cloud; see configs/.")],
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log every connection.")] = False,
+) -> None:
+    """Run the decoder layers of one model for every edge that connects.
+
+    Prints one line, `ready ADDRESS`, on standard output when it can be connected to, and logs
+    to standard error. Ends on SIGTERM or Ctrl-C.
+    """
+    set_up_logging(verbose)
+    from privatelora.runtime.cloud import Cloud
+    from privatelora.runtime.config import load_cloud_config
+    from privatelora.runtime.loop import run as run_loop
+    from privatelora.runtime.loop import wait_for_stop
+
+    cloud = Cloud(load_cloud_config(config))
+
+    async def main() -> None:
+        async with await cloud.listen() as listener:
+            print(f"ready {listener.address}", flush=True)
+            await wait_for_stop()
+            logging.getLogger(__name__).info("stopping")
+
+    run_loop(main())
+
+
+def main() -> None:
+    """Entry point."""
+    run(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""The edge as a local service over lines of JSON: one request a line in, events out.
+
+    -> {"messages": [{"role": "user", "content": "Hi"}], "sampling": {"max_tokens": 64}}
+    <- {"event": "text", "text": "Hel"}
+    <- {"event": "done", "text": "Hello!", "finish_reason": "stop", "figures": {...}}
+
+A request has ``messages`` or a plain ``prompt``; ``sampling`` overrides the edge's defaults;
+``id`` comes back with every event. A request that cannot be served gets
+``{"event": "error", ...}`` and the service goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from privatelora.errors import PrivateLoRAError, RequestError
+from privatelora.runtime.chat import ChatMessage, Conversation, TextModel
+from privatelora.runtime.figures import figures
+from privatelora.runtime.generation import GenerationStats
+from privatelora.runtime.sampling_params import SamplingParams
+from privatelora.yaml_file import explain
+
+MAX_LINE_CHARS = 4 * 2**20
+
+
+class LineMessage(BaseModel):
+    """One turn."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class LineRequest(BaseModel):
+    """One line of input."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str | int | None = None
+    messages: list[LineMessage] | None = Field(default=None, min_length=1)
+    prompt: str | None = None
+    sampling: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> LineRequest:
+        if (self.messages is None) == (self.prompt is None):
+            raise ValueError("give either messages or prompt")
+        return self
+
+
+class LineService:
+    """Answers requests one after the other in one conversation's cache."""
+
+    def __init__(
+        self, text: TextModel, defaults: SamplingParams, system_prompt: str | None
+    ) -> None:
+        self._text = text
+        self._defaults = defaults
+        self._system_prompt = system_prompt
+        self._conversation = Conversation(text)
+
+    async def run(self, lines: AsyncIterator[str], emit: Callable[[dict[str, Any]], None]) -> None:
+        """Serve until ``lines`` ends; ``emit`` gets every event."""
+        try:
+            async for line in lines:
+                if line.strip():
+                    await self._answer(line, emit)
+        finally:
+            await self._conversation.aclose()
+
+    async def _answer(self, line: str, emit: Callable[[dict[str, Any]], None]) -> None:
+        tag: dict[str, Any] = {}
+        try:
+            request = _parse(line)
+            tag = {} if request.id is None else {"id": request.id}
+            params = self._params(request)
+            prompt_ids = self._prompt_ids(request)
+            stats = GenerationStats()
+            pieces = []
+            async for piece in self._conversation.stream(prompt_ids, params, stats):
+                pieces.append(piece)
+                emit({**tag, "event": "text", "text": piece})
+        except PrivateLoRAError as error:
+            emit({**tag, "event": "error", "kind": type(error).__name__, "error": str(error)})
+            return
+        emit(
+            {
+                **tag,
+                "event": "done",
+                "text": "".join(pieces),
+                "finish_reason": stats.finish_reason,
+                "figures": figures(stats),
+            }
+        )
+
+    def _params(self, request: LineRequest) -> SamplingParams:
+        try:
+            return SamplingParams.model_validate(
+                {**self._defaults.model_dump(), **request.sampling}
+            )
+        except ValidationError as error:
+            raise RequestError(f"sampling.{explain(error, SamplingParams)}") from error
+
+    def _prompt_ids(self, request: LineRequest) -> list[int]:
+        if request.prompt is not None:
+            return self._text.encode_prompt(request.prompt)
+        messages: list[ChatMessage] = [
+            {"role": turn.role, "content": turn.content} for turn in request.messages or []
+        ]
+        if self._system_prompt is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self._system_prompt})
+        return self._text.encode_chat(messages)
+
+
+def _parse(line: str) -> LineRequest:
+    if len(line) > MAX_LINE_CHARS:
+        raise RequestError(f"a request line may have {MAX_LINE_CHARS} characters at most")
+    try:
+        return LineRequest.model_validate(json.loads(line))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise RequestError(f"not a line of JSON: {error}") from error
+    except ValidationError as error:
+        raise RequestError(explain(error, LineRequest)) from error

@@ -1,0 +1,166 @@
+"""Two ends that say whatever they may, over a link that takes its time, never disagree."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+from privatelora.errors import LocalProtocolError
+from privatelora.runtime.wire.messages import (
+    CloseSession,
+    ErrorCode,
+    ErrorReply,
+    ExchangeRequest,
+    Hello,
+    Message,
+    OpenSession,
+    SessionClosed,
+    SessionOpened,
+)
+from privatelora.runtime.wire.prelude import WireLimits
+from privatelora.runtime.wire.state import Phase, WireConnection
+from tests.wire.ends import Ends, begin, end, greeted, reply, request
+
+LIMITS = WireLimits(max_sessions=3, max_steps=3)
+NUM_WALKS, NUM_ACTIONS = 200, 400
+
+
+class Walk:
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.ends: Ends = greeted(LIMITS)
+        self.said: Counter[str] = Counter()
+        self.late: Counter[str] = Counter()
+        self.open_at_edge: set[int] = set()
+        self.asked_at_edge: list[ExchangeRequest] = []
+        self.next_id = 0
+        self.goodbyes = 0
+
+    def run(self) -> None:
+        for _ in range(NUM_ACTIONS):
+            action = self.rng.choice(
+                [self.edge_speaks, self.cloud_speaks, self.edge_listens, self.cloud_listens]
+            )
+            action()
+        # Some walks end in the middle of everything.
+        goodbye = ErrorReply(ErrorCode.INTERNAL, "no more")
+        self.goodbyes = self.rng.randrange(4)
+        if self.goodbyes & 1:
+            self.ends.edge_says(goodbye)
+        if self.goodbyes & 2:
+            self.ends.cloud_says(goodbye)
+        while self.ends.to_edge or self.ends.to_cloud:
+            self.edge_listens()
+            self.cloud_listens()
+
+    def session_id(self, end_of: WireConnection) -> int:
+        known = list(end_of.sessions)
+        if known and self.rng.random() < 0.95:
+            return self.rng.choice(known)
+        return self.rng.randrange(self.next_id + 2)
+
+    def step_id(self, end_of: WireConnection, session_id: int) -> int:
+        steps = end_of.steps(session_id)
+        if steps and self.rng.random() < 0.9:
+            return self.rng.choice(steps)
+        return self.rng.randrange(self.next_id + 2)
+
+    def edge_speaks(self) -> None:
+        edge, rng = self.ends.edge, self.rng
+        session_id = self.session_id(edge)
+        self.next_id = max(0, self.next_id + rng.randint(-1, 3))
+        message: Message
+        match rng.choices(range(5), [2, 4, 8, 0.6, 0.3])[0]:
+            case 0:
+                message = OpenSession(self.next_id, 64, "fp16", "fp16")
+            case 1:
+                message = begin(self.next_id, session_id)
+            case 2 if self.asked_at_edge and rng.random() < 0.9:
+                # Sometimes one that was answered before.
+                asked = rng.choice(self.asked_at_edge[-4:])
+                message = reply(asked.step_id, asked.point, asked.session_id)
+            case 2:
+                message = reply(self.step_id(edge, session_id), rng.randrange(20), session_id)
+            case 3:
+                message = CloseSession(session_id)
+            case _:
+                message = ErrorReply(ErrorCode.INTERNAL, "failed", session_id)
+        try:
+            self.ends.edge_says(message)
+        except LocalProtocolError:
+            return
+        self.said[type(message).__name__] += 1
+        if isinstance(message, OpenSession):
+            self.open_at_edge.add(message.session_id)
+
+    def cloud_speaks(self) -> None:
+        cloud, rng = self.ends.cloud, self.rng
+        session_id = self.session_id(cloud)
+        step_id = self.step_id(cloud, session_id)
+        message: Message
+        match rng.choices(range(5), [4, 8, 2, 2, 0.5])[0]:
+            case 0:
+                message = SessionOpened(session_id, 64)
+            case 1:
+                message = request(step_id, rng.randrange(20), session_id)
+            case 2:
+                message = end(step_id, session_id)
+            case 3:
+                message = SessionClosed(session_id)
+            case _:
+                message = ErrorReply(ErrorCode.CAPACITY, "failed", session_id)
+        try:
+            self.ends.cloud_says(message)
+        except LocalProtocolError:
+            return
+        self.said[type(message).__name__] += 1
+
+    def edge_listens(self) -> None:
+        if self.ends.to_edge:
+            message = self.ends.edge_hears()
+            self.late["edge"] += message is None
+            if message is None or isinstance(message, Hello) or message.session_id is None:
+                return
+            # Every session ends once for the edge, and nothing of it is heard again.
+            assert message.session_id in self.open_at_edge
+            if isinstance(message, SessionClosed | ErrorReply):
+                self.open_at_edge.remove(message.session_id)
+            if isinstance(message, ExchangeRequest):
+                self.asked_at_edge.append(message)
+
+    def cloud_listens(self) -> None:
+        if self.ends.to_cloud:
+            self.late["cloud"] += self.ends.cloud_hears() is None
+
+
+def test_ends_that_keep_to_what_they_may_say_never_disagree() -> None:
+    said: Counter[str] = Counter()
+    late: Counter[str] = Counter()
+    for seed in range(NUM_WALKS):
+        walk = Walk(seed)
+        try:
+            walk.run()
+        except Exception as error:
+            raise AssertionError(f"walk {seed}: {error}") from error
+        edge, cloud = walk.ends.edge, walk.ends.cloud
+        assert edge.phase is cloud.phase is (Phase.ENDED if walk.goodbyes else Phase.ACTIVE)
+        assert edge.sessions == cloud.sessions
+        assert set(edge.sessions) == (set() if walk.goodbyes else walk.open_at_edge)
+        for session_id in edge.sessions:
+            assert edge.steps(session_id) == cloud.steps(session_id)
+        said += walk.said
+        late += walk.late
+    # The walks went everywhere.
+    assert set(said) == {
+        "OpenSession",
+        "SessionOpened",
+        "StepBegin",
+        "ExchangeRequest",
+        "ExchangeReply",
+        "StepEnd",
+        "CloseSession",
+        "SessionClosed",
+        "ErrorReply",
+    }
+    assert min(said.values()) > 100
+    assert min(late["edge"], late["cloud"]) > 50
