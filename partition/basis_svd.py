@@ -166,12 +166,14 @@ def _top_eigh(gram: Tensor, num: int, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    """Scale orthogonal columns to length 1; those of no length become some direction left over."""
+    """Scale orthogonal columns to length 1 or -1.
+
+    Columns of no length, which a rank-deficient matrix has, become some direction left over.
+    """
     lengths = columns.norm(dim=0)
     tiny = torch.finfo(columns.dtype).tiny
-    basis, corner = torch.linalg.qr(columns / lengths.clamp(min=tiny))
-    flipped: Tensor = basis * torch.where(corner.diagonal() < 0, -1.0, 1.0)
-    return flipped
+    basis: Tensor = torch.linalg.qr(columns / lengths.clamp(min=tiny))[0]
+    return basis
 
 
 def _signed(columns: Tensor) -> Tensor:

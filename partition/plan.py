@@ -76,8 +76,7 @@ class Plan(BaseModel):
         for layer in self.layers:
             if not 0 <= layer < self.num_layers:
                 raise ValueError(
-                    f"layer {layer} does not exist: the model has layers 0 to "
-                    f"{self.num_layers - 1}"
+                    f"layer {layer} does not exist: the model has layers 0 to {self.num_layers - 1}"
                 )
         if not self.layers:
             raise ValueError("layers is empty: name at least one layer to adapt")

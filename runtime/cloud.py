@@ -6,7 +6,8 @@ import torch
 
 from privatelora.partition.shard import open_shard
 from privatelora.runtime.cloud_service import CloudLimits, CloudService
-from privatelora.runtime.config import CloudConfig, compute_device, compute_dtype
+from privatelora.runtime.config import CloudConfig
+from privatelora.runtime.device import compute_device, compute_dtype
 from privatelora.runtime.engine import Engine
 from privatelora.runtime.wire.messages import Fingerprints
 from privatelora.transports.address import parse_address
@@ -45,5 +46,7 @@ class Cloud:
 
     async def listen(self) -> Listener:
         """Start serving; ConnectError if the address is taken or not this machine's."""
-        limits = Limits(max_frame_nbytes=self.config.max_frame_mib * 2**20)
+        limits = Limits(
+            max_frame_nbytes=self.config.max_frame_mib * 2**20, spin_s=self.config.spin_us * 1e-6
+        )
         return await listen(self.config.listen, self.service.handle, limits)

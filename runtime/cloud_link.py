@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from privatelora import __version__
 from privatelora.errors import (
+    ConfigError,
     ConnectionClosed,
     LocalProtocolError,
     PrivateLoRAError,
@@ -59,6 +60,7 @@ class LinkSettings:
     connect_timeout_s: float = 10.0
     step_timeout_s: float = 120.0
     max_frame_nbytes: int = 64 * 2**20
+    spin_s: float = 0.0
 
 
 async def open_link(settings: LinkSettings, fingerprints: Fingerprints) -> CloudLink:
@@ -68,7 +70,9 @@ async def open_link(settings: LinkSettings, fingerprints: Fingerprints) -> Cloud
     serves another model, plan or basis, VersionMismatch if it speaks another protocol.
     """
     limits = Limits(
-        max_frame_nbytes=settings.max_frame_nbytes, connect_timeout_s=settings.connect_timeout_s
+        max_frame_nbytes=settings.max_frame_nbytes,
+        connect_timeout_s=settings.connect_timeout_s,
+        spin_s=settings.spin_s,
     )
     connection = await connect(settings.address, limits)
     try:
@@ -196,7 +200,11 @@ class CloudLink:
                 match message:
                     case ExchangeRequest(session_id, step_id, point, z):
                         session = self._sessions[session_id]
-                        y = session.answer(point, z)
+                        try:
+                            y = session.answer(point, z)
+                        except ConfigError as error:  # the codec cannot carry a value
+                            await self._drop(session, error)
+                            continue
                         reply = ExchangeReply(session_id, step_id, point, y)
                         traffic = session.traffic
                         traffic.sent_nbytes += await self._send(reply)
@@ -220,6 +228,12 @@ class CloudLink:
         except PrivateLoRAError as error:
             self._fail(error)
             self._connection.abort()
+
+    async def _drop(self, session: LinkSession, error: ConfigError) -> None:
+        """End one session that this end cannot go on with."""
+        self._sessions.pop(session.session_id, None)
+        session.fail(error)
+        await self._send(error_reply(error, session.session_id))
 
     async def _say_goodbye(self, error: ProtocolError) -> None:
         try:

@@ -155,9 +155,7 @@ class _Peer:
         self._service = service
         self._engine = service.engine
         self._connection = connection
-        self._wire = WireConnection(
-            Role.CLOUD, WireLimits(max_sessions=service.limits.max_sessions)
-        )
+        self._wire = WireConnection(Role.CLOUD, WireLimits())
         self._sessions: dict[int, _Session] = {}
 
     async def run(self) -> None:
@@ -191,6 +189,7 @@ class _Peer:
                     if message.session_id is None:
                         return
                     self._close(message.session_id)
+                    await self._send(SessionClosed(message.session_id))
 
     async def say_goodbye(self, error: PrivateLoRAError) -> None:
         """Tell the edge why the connection ends, as far as it still can be told."""

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 
-from privatelora.errors import ConfigError
 from privatelora.runtime.sampling_params import SamplingParams
 from privatelora.yaml_file import read_yaml
 
@@ -48,6 +46,9 @@ class CloudConfig(_Settings):
     max_cached_positions: int = Field(default=131072, gt=0)
     """KV cache positions reserved over all sessions; beyond it new sessions are refused."""
     max_frame_mib: int = Field(default=64, gt=0, le=4096)
+    spin_us: int = Field(default=0, ge=0, le=10_000)
+    """Look for the next frame this long before sleeping: faster on one machine or a fast LAN,
+    for a core kept busy while answers are generated."""
 
 
 class PayloadConfig(_Settings):
@@ -80,6 +81,8 @@ class EdgeConfig(_Settings):
     step_timeout_s: float = Field(default=120.0, gt=0)
     """Longest wait for one answer of the cloud."""
     max_frame_mib: int = Field(default=64, gt=0, le=4096)
+    spin_us: int = Field(default=0, ge=0, le=10_000)
+    """As the cloud's."""
 
 
 def load_cloud_config(path: Path) -> CloudConfig:
@@ -90,22 +93,3 @@ def load_cloud_config(path: Path) -> CloudConfig:
 def load_edge_config(path: Path) -> EdgeConfig:
     """Read an edge's YAML file; ConfigError says what is wrong and where."""
     return read_yaml(path, EdgeConfig)
-
-
-def compute_dtype(name: DtypeName, stored: str) -> torch.dtype:
-    """The dtype to compute in, given the one the shard is stored in."""
-    dtype = getattr(torch, stored if name == "auto" else name)
-    if not isinstance(dtype, torch.dtype):
-        raise ConfigError(f"{name} is no dtype")
-    return dtype
-
-
-def compute_device(name: str) -> torch.device:
-    """The device to compute on; ConfigError if this machine has none such."""
-    device = torch.device(name)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError(f"device {name}: no CUDA device is available here; use cpu")
-        if device.index is not None and device.index >= torch.cuda.device_count():
-            raise ConfigError(f"device {name}: there are {torch.cuda.device_count()} CUDA devices")
-    return device

@@ -10,7 +10,8 @@ from privatelora.partition.shard import Shard, open_shard
 from privatelora.partition.tokenizer import load_tokenizer
 from privatelora.runtime.chat import TextModel
 from privatelora.runtime.cloud_link import LinkSettings
-from privatelora.runtime.config import EdgeConfig, compute_dtype
+from privatelora.runtime.config import EdgeConfig
+from privatelora.runtime.device import compute_dtype
 from privatelora.runtime.exchange import PrivateMatrices
 from privatelora.runtime.split_model import Codecs, EdgeParts, SplitModel
 from privatelora.runtime.wire.messages import Fingerprints
@@ -44,6 +45,7 @@ class Edge:
                 connect_timeout_s=config.connect_timeout_s,
                 step_timeout_s=config.step_timeout_s,
                 max_frame_nbytes=config.max_frame_mib * 2**20,
+                spin_s=config.spin_us * 1e-6,
             ),
             Codecs(config.payload.hidden_states, config.payload.exchange),
             max_positions=min(config.max_positions, model_limit),

@@ -18,7 +18,8 @@ from privatelora.partition.shard import open_shard
 from privatelora.partition.split import ModelFingerprint, make_basis, natural_dtype
 from privatelora.partition.tokenizer import export_tokenizer, load_tokenizer
 from privatelora.runtime.chat import TextModel
-from privatelora.runtime.config import DtypeName, compute_device, compute_dtype
+from privatelora.runtime.config import DtypeName
+from privatelora.runtime.device import compute_device, compute_dtype
 from privatelora.runtime.engine import Engine
 from privatelora.runtime.exchange import PrivateMatrices
 from privatelora.runtime.language_model import Ends, UnsplitModel

@@ -43,19 +43,22 @@ class Limits:
     LocalProtocolError. ``max_queued_nbytes``: received and not yet taken; beyond it the
     transport stops reading, so that a fast sender is slowed down (back-pressure). At least
     one whole frame is always accepted, and a transport may count some overhead per frame.
-    ``close_timeout_s``: how long ``aclose`` waits for the peer before it aborts.
+    ``spin_s``: how long ``recv`` may look for a frame without letting the event loop sleep (or
+    do anything else), where the transport can; 0 is never. It is given up while the peer takes
+    longer than that. ``close_timeout_s``: how long ``aclose`` waits for the peer before it aborts.
 
     Raises ConfigError for a value that cannot work.
     """
 
     max_frame_nbytes: int = 64 * 2**20
     max_queued_nbytes: int = 64 * 2**20
+    spin_s: float = 0.0
     connect_timeout_s: float = 10.0
     close_timeout_s: float = 5.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not value > 0:
+            if not value > 0 and (name, value) != ("spin_s", 0):
                 raise ConfigError(f"{name} must be positive, not {value}")
         if self.max_frame_nbytes > MAX_FRAME_NBYTES:
             raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from time import monotonic
 
 from privatelora.errors import LocalProtocolError, PrivateLoRAError
 
@@ -104,6 +105,36 @@ class FrameQueue:
         self._nbytes = 0
         self.full = False
         self.end(error)
+
+
+class AdaptiveSpin:
+    """Looks for a frame again and again for a bounded time, while that pays.
+
+    Waking a process that sleeps can take longer than a near peer takes to answer. For a far
+    one looking is waste: after a spin in vain the next ones are left out, until a wait turns
+    out to have been shorter than a spin.
+    """
+
+    __slots__ = ("_is_worthwhile", "_spin_s")
+
+    def __init__(self, spin_s: float) -> None:
+        self._spin_s = spin_s
+        self._is_worthwhile = spin_s > 0
+
+    def until(self, look: Callable[[], bool]) -> bool:
+        """Call ``look`` until it is true, or the time is over or not worth spending."""
+        if not self._is_worthwhile:
+            return False
+        deadline = monotonic() + self._spin_s
+        while not look():
+            if monotonic() >= deadline:
+                self._is_worthwhile = False
+                return False
+        return True
+
+    def waited(self, seconds: float) -> None:
+        """Take note of how long a frame took that was slept for."""
+        self._is_worthwhile = seconds < self._spin_s
 
 
 class Turns:

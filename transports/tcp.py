@@ -11,12 +11,13 @@ import contextlib
 import os
 import socket
 from collections.abc import Sequence
+from time import monotonic
 
 from privatelora.errors import ConnectError, ConnectionClosed, RemoteProtocolError
 from privatelora.transports.address import parse_address
 from privatelora.transports.base import Buffer, Connection, Handler, Limits, Listener, Transport
 from privatelora.transports.connection import QueuedConnection
-from privatelora.transports.flow import again, wake
+from privatelora.transports.flow import AdaptiveSpin, again, wake
 from privatelora.transports.framing import HEADER, HEADER_NBYTES, MAGIC, FrameReader, frame_nbytes
 from privatelora.transports.handlers import HandlerTasks
 from privatelora.transports.sockets import (
@@ -46,6 +47,7 @@ class TcpConnection(QueuedConnection):
         self._sock = sock
         self._fd = sock.fileno()
         self._reader = FrameReader(self._queue, limits.max_frame_nbytes, self._peer)
+        self._spin = AdaptiveSpin(limits.spin_s)
         self._is_reading = True
         self._loop.add_reader(self._fd, self._on_readable)
         self._write_waiter: asyncio.Future[None] | None = None
@@ -101,11 +103,19 @@ class TcpConnection(QueuedConnection):
         """Return the next frame; see Connection.recv."""
         queue = self._queue
         queue.require_no_receiver()
+        if self._has_input() or self._spin.until(self._has_input):
+            return queue.pop() if queue.frames else await queue.get()
+        started = monotonic()
+        frame = await queue.get()
+        self._spin.waited(monotonic() - started)
+        return frame
+
+    def _has_input(self) -> bool:
+        """Whether a frame or the end is there to be taken."""
+        queue = self._queue
         if not queue.frames and queue.error is None:
             self._receive()
-        if queue.frames:
-            return queue.pop()
-        return await queue.get()
+        return bool(queue.frames) or queue.error is not None
 
     def _on_readable(self) -> None:
         if self._queue.full:

@@ -26,7 +26,7 @@ def run(app: typer.Typer) -> None:
     An error of this package is one line on stderr and exit status 1. Anything else that
     escapes is a defect and keeps its traceback.
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    set_thread_defaults()
     try:
         app()
     except PrivateLoRAError as error:
@@ -34,6 +34,11 @@ def run(app: typer.Typer) -> None:
         sys.exit(EXIT_ERROR)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+
+
+def set_thread_defaults() -> None:
+    """Make this process a good neighbour; has to run before torch is imported."""
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
 def print_json(value: object) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from privatelora.benchmarks.baseline import attach_adapter
 from privatelora.partition.adapter import Adapter, init_adapter, save_adapter
 from privatelora.partition.checkpoint import open_checkpoint
 from privatelora.partition.plan import Plan
 from privatelora.partition.plan_file import make_plan
 from privatelora.partition.shard import open_shard
 from privatelora.partition.split import make_basis, partition_checkpoint
-from tests.e2e.reference import attach_adapter
 from tests.partition.tiny import save_tiny, tiny_model
 
 
@@ -63,6 +63,6 @@ def tiny_deployment(family: str, directory: Path, **plan_options: Any) -> tuple[
     save_tiny(family, directory / "model")
     deployment = split_checkpoint(str(directory / "model"), directory / "shards", **plan_options)
     reference = attach_adapter(
-        tiny_model(family), deployment.plan, deployment.basis, deployment.adapter
+        tiny_model(family), deployment.plan, deployment.basis, deployment.adapter.weights
     )
     return deployment, reference

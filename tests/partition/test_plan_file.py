@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -31,7 +32,7 @@ CONFIG = DecoderConfig(
     rms_norm_eps=1e-5,
     rope=RopeConfig(theta=1e4),
 )
-SMALL = {"rank_up": 8, "rank_down": 8}
+SMALL: dict[str, Any] = {"rank_up": 8, "rank_down": 8}
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_a_plan_that_does_not_fit_is_refused_in_one_line(
     options: dict[str, object], reason: str
 ) -> None:
     with pytest.raises(PartitionError, match=reason) as error:
-        make_plan(CONFIG, **{**SMALL, **options})  # type: ignore[arg-type]
+        make_plan(CONFIG, **{**SMALL, **options})
     assert "\n" not in str(error.value)
 
 

@@ -1,16 +1,11 @@
-"""Writing shards: what goes where, what survives failure, and the command."""
+"""Writing shards: what goes where, in what form, and under which fingerprints."""
 
 from __future__ import annotations
 
 import math
 import os
-import resource
-import signal
+import shutil
 import stat
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +14,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from privatelora.errors import ConfigError, PartitionError
+from privatelora.errors import PartitionError
 from privatelora.partition.checkpoint import open_checkpoint
 from privatelora.partition.layout import shard_shapes
 from privatelora.partition.manifest import check_pair
 from privatelora.partition.plan_file import make_plan
-from privatelora.partition.split import make_basis
-from tests.partition.shards import Command, split
+from privatelora.partition.tensor_file import TensorFileWriter
+from tests.partition.shards import split
 from tests.partition.tiny import FAMILIES, save_tiny, tiny_tokenizer
 
 LAYER = (
@@ -137,6 +132,19 @@ def test_the_files_are_plain_safetensors_aligned_for_mapping(
 ) -> None:
     split(tiny_llama, tmp_path / "out", dtype=torch.float16)
     path = tmp_path / "out" / "cloud" / "model.safetensors"
+    check_alignment(path)
+    shapes = {"a": (3,), "b": (32, 2), "c": (), "d": (0, 5), "e": (64,)}
+    with TensorFileWriter(tmp_path / "odd", shapes, torch.float16) as writer:
+        for value, name in enumerate(reversed(shapes)):
+            writer.write(name, torch.full(shapes[name], float(value)))
+    check_alignment(tmp_path / "odd")
+    odd = load_file(tmp_path / "odd")
+    assert {name: tuple(tensor.shape) for name, tensor in odd.items()} == shapes
+    assert [int(odd[name].sum()) for name in ("a", "b", "c", "e")] == [4 * 3, 3 * 64, 2, 0]
+
+
+def check_alignment(path: Path) -> None:
+    """Tensors of whole cache lines start on one."""
     start = 8 + int.from_bytes(path.read_bytes()[:8], "little")
     assert start % 64 == 0
     with safe_open(path, framework="pt") as file:
@@ -204,6 +212,12 @@ def test_fingerprints_tell_models_plans_and_bases_apart(tiny_llama: Path, tmp_pa
     changed = split(other, tmp_path / "changed")["cloud"].fingerprints
     assert changed.model != base.model
     assert (changed.plan, changed.basis) == (base.plan, base.basis)
+
+    config = other / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 1e-06'))
+    shutil.copy(tiny_llama / "model.safetensors", other)
+    assert split(other, tmp_path / "norm")["cloud"].fingerprints.model != base.model
+
     with pytest.raises(PartitionError, match=r"do not belong together: model differ.* one run"):
         check_pair(base, changed)
     assert check_pair(base, base) is None  # type: ignore[func-returns-value]
@@ -217,162 +231,6 @@ def test_a_model_fingerprint_is_of_the_numbers_not_of_the_files(tmp_path: Path) 
         split(model, model / "out")["cloud"].model_fingerprint for model in (whole, parts, pickled)
     }
     assert len(found) == 1
-
-
-def test_an_existing_shard_is_kept_unless_forced(tiny_llama: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    split(tiny_llama, out)
-    before = (out / "cloud" / "model.safetensors").read_bytes()
-    with pytest.raises(PartitionError, match=r"cloud exists; .*--force"):
-        split(tiny_llama, out, seed=1)
-    assert (out / "cloud" / "model.safetensors").read_bytes() == before
-    manifests = split(tiny_llama, out, seed=1, replace=True)
-    assert (out / "cloud" / "model.safetensors").read_bytes() != before
-    assert manifests["edge"].basis.seed == 1
-    assert sorted(os.listdir(out)) == ["cloud", "edge"]
-
-
-def test_replacing_never_deletes_what_is_not_a_shard(tiny_llama: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    split(tiny_llama, out)
-    (out / "edge" / "adapter.safetensors").write_bytes(b"private")
-    with pytest.raises(PartitionError, match=r"holds 'adapter\.safetensors'.*move that away"):
-        split(tiny_llama, out, replace=True)
-    assert (out / "edge" / "adapter.safetensors").read_bytes() == b"private"
-
-
-class StopError(Exception):
-    """Raised where a test wants the work to end."""
-
-
-@pytest.mark.parametrize("phase", ["model", "basis"])
-@pytest.mark.parametrize("error", [StopError, KeyboardInterrupt])
-def test_an_interrupted_run_leaves_nothing(
-    tiny_llama: Path, tmp_path: Path, phase: str, error: type[BaseException]
-) -> None:
-    def stop(current: str, done: int, total: int) -> None:
-        if current == phase and done > total // 2:
-            raise error
-
-    with pytest.raises(error):
-        split(tiny_llama, tmp_path / "a" / "out", progress=stop)
-    assert not (tmp_path / "a" / "out").exists()
-
-
-def test_a_failed_replacement_keeps_the_old_shards(tiny_llama: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    split(tiny_llama, out)
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-
-    def stop(current: str, done: int, total: int) -> None:
-        raise StopError
-
-    with pytest.raises(StopError):
-        split(tiny_llama, out, seed=1, replace=True, progress=stop)
-    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-
-
-def test_a_directory_that_appears_meanwhile_is_not_overwritten(
-    tiny_llama: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-
-    def appear(current: str, done: int, total: int) -> None:
-        (out / "edge").mkdir(exist_ok=True)
-        (out / "edge" / "notes").write_text("mine")
-
-    with pytest.raises(PartitionError, match=r"cannot write .*not empty"):
-        split(tiny_llama, out, progress=appear)
-    assert os.listdir(out) == ["edge"]
-    assert (out / "edge" / "notes").read_text() == "mine"
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from tests.partition.shards import split
-
-def die(phase, done, total):
-    if phase == "basis":
-        os.kill(os.getpid(), signal.SIGKILL)
-
-split(Path(sys.argv[1]), Path(sys.argv[2]), progress=die)
-"""
-
-
-def test_what_a_killed_run_leaves_is_no_shard_and_is_cleaned_up(
-    tiny_llama: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    run = subprocess.run(
-        [sys.executable, "-c", KILLED, tiny_llama, out], capture_output=True, check=False
-    )
-    assert run.returncode == -signal.SIGKILL, run.stderr
-    left = os.listdir(out)
-    assert len(left) == 1
-    assert left[0].startswith(".partial-")
-    split(tiny_llama, out)
-    assert sorted(os.listdir(out)) == ["cloud", "edge"]
-
-
-def test_two_runs_do_not_write_into_one_directory(tiny_llama: Path, tmp_path: Path) -> None:
-    tried = []
-
-    def meanwhile(phase: str, done: int, total: int) -> None:
-        if not tried:
-            tried.append(phase)
-            with pytest.raises(PartitionError, match="being written by another process"):
-                split(tiny_llama, tmp_path / "out")
-
-    split(tiny_llama, tmp_path / "out", progress=meanwhile)
-    assert tried
-    assert sorted(os.listdir(tmp_path / "out")) == ["cloud", "edge"]
-
-
-@contextmanager
-def largest_file(nbytes: int) -> Iterator[None]:
-    """Make the system refuse to let a file grow further, as a full disk or a quota would."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_disk_that_takes_no_more_is_one_line(tiny_llama: Path, tmp_path: Path) -> None:
-    with largest_file(100_000), pytest.raises(PartitionError) as error:
-        split(tiny_llama, tmp_path / "out")
-    assert str(error.value).startswith("cannot write ")
-    assert "File too large" in str(error.value)
-    assert not (tmp_path / "out").exists()
-
-
-def test_too_little_space_is_said_before_writing(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = (2**30, 2**30 - 1000, 1000)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("U", (), {"free": usage[2]}))
-    with pytest.raises(PartitionError, match=r"the shards need .* GiB left"):
-        split(tiny_llama, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_place_that_cannot_be_written_is_one_line(tiny_llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    for out in (tmp_path / "file", tmp_path / "file" / "out"):
-        with pytest.raises(PartitionError, match=r"cannot write .*file"):
-            split(tiny_llama, out)
-
-
-def test_what_is_wrong_with_the_basis_is_said_before_anything_is_written(
-    tiny_llama: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(PartitionError, match=r"rank_up 33 .* k projection"):
-        split(tiny_llama, tmp_path / "out", basis="svd", rank_up=33)
-    with pytest.raises(ConfigError, match="'sdv' is neither svd, random, nor a file"):
-        split(tiny_llama, tmp_path / "out", basis="sdv")
-    assert not (tmp_path / "out").exists()
 
 
 def test_shapes_add_up_to_the_whole_for_every_placement(tiny_llama: Path) -> None:
@@ -392,97 +250,6 @@ def test_shapes_add_up_to_the_whole_for_every_placement(tiny_llama: Path) -> Non
                 assert cloud.keys() & edge.keys() == {
                     f"model.layers.{edge_first}.input_layernorm.weight"
                 }
-                assert make_basis("svd", plan, checkpoint).provenance.kind == "svd"
-
-
-def test_the_command_splits_and_tells_what_it_did(
-    command: Command, tiny_llama: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    arguments = (
-        tiny_llama, out, "--rank-up", 8, "--rank-down", 4, "--layers", "0-1,3", "--every", "all",
-        "--targets", "q,v", "--scaling", 0.5, "--basis", "random", "--seed", 3,
-        "--edge-last", 1, "--dtype", "bfloat16",
-    )  # fmt: skip
-    result = command("partition", *arguments, "--json")
-    assert result.code == 0, result.err
-    assert result.err == ""
-    assert result.json["plan"] == {
-        "num_layers": 4,
-        "layers": [0, 1, 3],
-        "targets": ["q", "v"],
-        "rank_up": 8,
-        "rank_down": 4,
-        "every": 3,
-        "scaling": 0.5,
-        "edge_first": 0,
-        "edge_last": 1,
-    }
-    assert result.json["basis"] == {"kind": "random", "seed": 3}
-    assert result.json["dtype"] == "bfloat16"
-    assert result.json["round_trips_per_token"] == 1
-    assert result.json["adapter_parameters"] == 3 * 2 * 8 * 4
-    stored = load_file(out / "cloud" / "model.safetensors")
-    assert result.json["cloud_nbytes"] == sum(t.nbytes for t in stored.values())
-    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
-
-    again = command("partition", *arguments)
-    assert again.code == 1
-    assert again.err.startswith("error: ")
-    assert again.err.count("\n") == 1
-    shown = command("partition", *arguments, "--force")
-    assert shown.code == 0, shown.err
-    assert "layers 0 to 2 of 4" in shown.out
-    assert f"privatelora adapter init {out}/edge" in shown.out
-
-
-def test_the_command_reads_a_plan_and_options_override_it(
-    command: Command, tiny_llama: Path, tmp_path: Path
-) -> None:
-    plan = tmp_path / "plan.yaml"
-    plan.write_text("rank_up: 8\nrank_down: 8\nevery: 2\n")
-    result = command(
-        "partition", tiny_llama, tmp_path / "out", "--plan", plan, "--every", 3, "--json"
-    )
-    assert result.code == 0, result.err
-    assert (result.json["plan"]["every"], result.json["plan"]["rank_up"]) == (3, 8)
-    assert result.json["dtype"] == "float32"
-    assert result.json["basis"] == {"kind": "svd"}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ((), "rank_up 128 is larger than the hidden size; choose at most 64"),
-        (("--layers", "2-9"), "layers: layer 9 does not exist; the model has layers 0 to 3"),
-        (("--every", "some"), "--every 'some': give a number of layers, or all"),
-        (("--seed", "1"), "--seed belongs to --basis random"),
-    ],
-)
-def test_the_command_explains_what_does_not_fit(
-    command: Command, tiny_llama: Path, tmp_path: Path, options: tuple[str, ...], message: str
-) -> None:
-    result = command("partition", tiny_llama, tmp_path / "out", *options)
-    assert result.code == 1
-    assert result.out == ""
-    assert result.err.startswith(f"error: {message}")
-    assert result.err.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_natural_dtype_is_the_models(
-    command: Command, tiny_llama: Path, tmp_path: Path
-) -> None:
-    tensors = load_file(tiny_llama / "model.safetensors")
-    model = save_tiny("llama", tmp_path / "model")
-    half = {
-        name: tensor if "norm" in name else tensor.to(torch.bfloat16)
-        for name, tensor in tensors.items()
-    }
-    save_file(half, model / "model.safetensors")
-    small = ("--rank-up", 8, "--rank-down", 8)
-    result = command("partition", model, tmp_path / "out", *small, "--json")
-    assert result.json["dtype"] == "bfloat16"
 
 
 def test_shards_may_be_read_by_others(tiny_llama: Path, tmp_path: Path) -> None:

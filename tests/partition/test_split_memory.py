@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +55,11 @@ print(peak - before)
 def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """220 MiB of float32 in tensors of at most 4 MiB."""
     path = tmp_path_factory.mktemp("large")
-    size = {"hidden_size": 1024, "intermediate_size": 1024, "num_attention_heads": 16}
+    size: dict[str, Any] = {
+        "hidden_size": 1024,
+        "intermediate_size": 1024,
+        "num_attention_heads": 16,
+    }
     save_tiny("llama-tied", path, num_hidden_layers=1, num_key_value_heads=16, **size)
     config = json.loads((path / "config.json").read_text()) | {"num_hidden_layers": 8}
     (path / "config.json").write_text(json.dumps(config))

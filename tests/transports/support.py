@@ -20,6 +20,12 @@ async def echo(connection: Connection) -> None:
         await connection.send(await connection.recv())
 
 
+async def send_for_ever(connection: Connection) -> None:
+    while True:
+        await connection.send(b"x" * 1000)
+        await asyncio.sleep(0)
+
+
 async def received(connection: Connection) -> bytes:
     """The next frame."""
     return bytes(await connection.recv())

@@ -12,7 +12,15 @@ from privatelora.transports.base import Connection, Limits
 from privatelora.transports.registry import connect, listen
 from tests.transports.cases import Case
 from tests.transports.conftest import OpenPair
-from tests.transports.support import HUGE, SMALL_QUEUE, blocked, cancel, echo, received
+from tests.transports.support import (
+    HUGE,
+    SMALL_QUEUE,
+    blocked,
+    cancel,
+    echo,
+    received,
+    send_for_ever,
+)
 
 pytestmark = pytest.mark.usefixtures("ends_in_time", "nothing_leaks", "own_errors")
 
@@ -73,6 +81,17 @@ async def test_half_close(open_pair: OpenPair) -> None:
         await server.send(bytes(HUGE))
     assert not closing.done()
     await server.aclose()
+    await closing
+
+
+async def test_peers_close_releases_blocked_senders(open_pair: OpenPair) -> None:
+    """What they send is dropped, as the peer does not want it any more."""
+    client, server = await open_pair(SMALL_QUEUE)
+    await client.send(bytes(HUGE))
+    senders = [await blocked(client.send(bytes(HUGE))), await blocked(client.send(b"next"))]
+    closing = asyncio.create_task(server.aclose())
+    await asyncio.gather(*senders)
+    await client.aclose()
     await closing
 
 
@@ -160,11 +179,6 @@ async def receive_until_closed(connection: Connection) -> list[bytes]:
         while True:
             frames.append(await received(connection))
     return frames
-
-
-async def send_for_ever(connection: Connection) -> None:
-    while True:
-        await connection.send(b"x" * 1000)
 
 
 async def test_peer_death(open_pair: OpenPair) -> None:

@@ -1,0 +1,193 @@
+"""What splitting costs: decode speed split, unsplit, and in transformers, in one run.
+
+Method. Every engine runs in its own process with the same number of threads; the split one is
+two processes, the cloud daemon and an edge, over TCP on the loopback interface. First each
+engine decodes briefly in every dtype and keeps its fastest. Then the engines take turns for
+``rounds`` rounds, each decoding the same number of tokens after the same prompt, the first ones
+not counted, with end-of-sequence banned. Ratios are of runs of the same round.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import yaml
+
+from privatelora.benchmarks.measure import Spread, machine_facts, paired_ratios
+from privatelora.benchmarks.worker import EngineName, MeasureRequest
+from privatelora.cli._daemons import Daemon
+from privatelora.partition.adapter import init_adapter, save_adapter
+from privatelora.partition.checkpoint import open_checkpoint
+from privatelora.partition.plan_file import make_plan
+from privatelora.partition.split import make_basis, partition_checkpoint
+
+DtypeName = Literal["float16", "bfloat16", "float32"]
+DTYPES: tuple[DtypeName, ...] = get_args(DtypeName)
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+CALIBRATION = MeasureRequest(prompt_tokens=16, warmup_tokens=4, tokens=12)
+ADAPTER_STD = 0.02
+"""Of the random M: large enough to change the logits, as a trained one would."""
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class OverheadSettings:
+    """One run of the benchmark. ``num_threads`` is per process."""
+
+    model: str
+    every: tuple[int, ...]
+    rounds: int
+    tokens: int
+    prompt_tokens: int
+    num_threads: int
+    directory: Path
+
+
+def default_num_threads() -> int:
+    """Half the processors, since the split engine is two processes on this machine."""
+    return max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+def measure_overhead(settings: OverheadSettings, report: Report) -> dict[str, Any]:
+    """Measure every arrangement; the top-level ratios are those of the first."""
+    arrangements = [_measure_arrangement(settings, every, report) for every in settings.every]
+    first = arrangements[0]
+    return {
+        "benchmark": "overhead",
+        "machine": machine_facts(),
+        "settings": {
+            "model": settings.model,
+            "rounds": settings.rounds,
+            "tokens": settings.tokens,
+            "prompt_tokens": settings.prompt_tokens,
+            "num_threads": settings.num_threads,
+        },
+        "split_vs_unsplit": first["split_vs_unsplit"],
+        "split_vs_transformers": first["split_vs_transformers"],
+        "arrangements": arrangements,
+    }
+
+
+def _measure_arrangement(settings: OverheadSettings, every: int, report: Report) -> dict[str, Any]:
+    place = settings.directory / f"every-{every}"
+    round_trips = _prepare(settings.model, every, place)
+    request = MeasureRequest(
+        prompt_tokens=settings.prompt_tokens, warmup_tokens=8, tokens=settings.tokens
+    )
+    rates: dict[EngineName, list[float]] = {name: [] for name in ENGINES}
+    with ExitStack() as stack:
+        fastest = {
+            name: _fastest_dtype(settings, name, place, report, f"every {every}: {name}")
+            for name in ENGINES
+        }
+        workers = {
+            name: stack.enter_context(_engine(settings, name, fastest[name], place))
+            for name in ENGINES
+        }
+        for number in range(settings.rounds):
+            for name, worker in workers.items():
+                report(f"every {every}: round {number + 1} of {settings.rounds}, {name}")
+                rates[name].append(_measure(worker, request))
+    return {
+        "every": every,
+        "round_trips_per_token": round_trips,
+        "split_vs_unsplit": paired_ratios(rates["split"], rates["unsplit"])._asdict(),
+        "split_vs_transformers": paired_ratios(rates["split"], rates["transformers"])._asdict(),
+        "rows": [
+            {
+                "engine": name,
+                "dtype": fastest[name],
+                "tokens_per_s": {**Spread.of(rates[name])._asdict(), "runs": rates[name]},
+            }
+            for name in ENGINES
+        ],
+    }
+
+
+def _prepare(model: str, every: int, place: Path) -> int:
+    """Partition in float32, from which each engine takes its dtype; return round trips."""
+    place.mkdir(parents=True, exist_ok=True)
+    with open_checkpoint(model) as checkpoint:
+        plan = make_plan(checkpoint.config, every=every)
+        manifests = partition_checkpoint(
+            checkpoint,
+            place / "shards",
+            plan,
+            make_basis("random", plan, checkpoint),
+            dtype=torch.float32,
+            replace=True,
+        )
+    fingerprints = manifests["edge"].fingerprints
+    adapter = init_adapter(plan, fingerprints.basis, fingerprints.model, std=ADAPTER_STD)
+    save_adapter(place / "adapter.safetensors", adapter)
+    return 1 + len(plan.wire_points)
+
+
+def _fastest_dtype(
+    settings: OverheadSettings, name: EngineName, place: Path, report: Report, label: str
+) -> DtypeName:
+    rates = {}
+    for dtype in DTYPES:
+        report(f"{label}, trying {dtype}")
+        with _engine(settings, name, dtype, place) as worker:
+            rates[dtype] = max(_measure(worker, CALIBRATION) for _ in range(2))
+    return max(rates, key=rates.__getitem__)
+
+
+@contextmanager
+def _engine(
+    settings: OverheadSettings, name: EngineName, dtype: DtypeName, place: Path
+) -> Iterator[Daemon]:
+    """Start an engine, and for the split one its cloud; give the process that is measured."""
+    place = place.absolute()
+    config: dict[str, Any] = {
+        "engine": name,
+        "model": settings.model,
+        "shards": str(place / "shards"),
+        "adapter": str(place / "adapter.safetensors"),
+        "dtype": dtype,
+        "num_threads": settings.num_threads,
+    }
+    with ExitStack() as stack:
+        if name == "split":
+            common = {"dtype": dtype, "num_threads": settings.num_threads}
+            cloud_file = _write(
+                place / "cloud.yaml",
+                {
+                    "listen": "tcp://127.0.0.1:0",
+                    "shard": str(place / "shards/cloud"),
+                    "spin_us": 200,
+                    **common,
+                },
+            )
+            cloud = stack.enter_context(Daemon("privatelora.cli.serve", cloud_file))
+            edge = {
+                "cloud": cloud.read_line().removeprefix("ready ").strip(),
+                "shard": str(place / "shards/edge"),
+                "adapter": config["adapter"],
+                "spin_us": 2000,
+                **common,
+            }
+            config["edge_config"] = str(_write(place / "edge.yaml", edge))
+        worker_file = _write(place / f"{name}.yaml", config)
+        worker = stack.enter_context(Daemon("privatelora.benchmarks.worker", worker_file))
+        worker.read_event("ready")
+        yield worker
+
+
+def _write(path: Path, values: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def _measure(worker: Daemon, request: MeasureRequest) -> float:
+    worker.write_line(json.dumps(request.model_dump()))
+    return float(worker.read_event("measured")["tokens_per_s"])
