@@ -95,20 +95,26 @@ class TransformersEngine:
 
     def __init__(self, config: WorkerConfig) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, logging
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         from privatelora.benchmarks.baseline import attach_adapter
         from privatelora.partition.adapter import read_adapter
         from privatelora.partition.checkpoint import open_checkpoint
         from privatelora.partition.shard import open_shard
 
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        # Dense weights in the dtype asked for, whatever the checkpoint is: packed ones are slower.
         with open_checkpoint(config.model) as checkpoint:
             source = checkpoint.tokenizer_source
-        options = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
-        model = AutoModelForCausalLM.from_pretrained(
-            source.directory, dtype=getattr(torch, config.dtype), local_files_only=True, **options
-        )
+            options = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+            settings = AutoConfig.from_pretrained(
+                source.directory, local_files_only=True, **options
+            )
+            settings.quantization_config = None
+            model = AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, config.dtype))
+            weights = {name: checkpoint.read(name) for name in checkpoint.names()}
+            model.load_state_dict(weights, strict=False)  # a tied head is not listed
+            model.tie_weights()
+            model.eval()
         adapter = read_adapter(config.adapter)
         basis = {
             **open_shard(config.shards / "cloud", "cloud").load(),

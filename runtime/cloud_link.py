@@ -215,6 +215,8 @@ class CloudLink:
                         session.traffic.received_nbytes += len(frame)
                         session.traffic.round_trips += 1
                         session.resolve(message)
+                        # Whoever waited goes first: the next receive may spin.
+                        await asyncio.sleep(0)
                     case ErrorReply(session_id=None):
                         raise exception_from(message)
                     case ErrorReply(session_id=int(session_id)):

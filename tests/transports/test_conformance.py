@@ -380,6 +380,12 @@ def test_limits_must_be_positive(field: str) -> None:
         Limits(**{field: 0})
 
 
+def test_spinning_may_be_off_but_not_negative() -> None:
+    assert Limits(spin_s=0).spin_s == 0
+    with pytest.raises(ConfigError, match="spin_s"):
+        Limits(spin_s=-0.001)
+
+
 def test_frame_limit_must_fit_the_header() -> None:
     with pytest.raises(ConfigError, match="max_frame_nbytes"):
         Limits(max_frame_nbytes=2**32)

@@ -7,7 +7,8 @@ import asyncio
 import pytest
 
 from privatelora.errors import ConnectionClosed, LocalProtocolError
-from privatelora.transports.flow import FrameQueue, Turns
+from privatelora.transports.base import Limits
+from privatelora.transports.flow import AdaptiveSpin, FrameQueue, Turns
 
 pytestmark = pytest.mark.usefixtures("ends_in_time", "nothing_leaks")
 
@@ -71,6 +72,40 @@ async def test_a_woken_receiver_cannot_be_overtaken() -> None:
     with pytest.raises(LocalProtocolError):
         await queue.get()
     assert len(await receiver) == 1
+
+
+class Looks:
+    """Something to look for that is there at the ``found_at``-th look."""
+
+    def __init__(self, found_at: float) -> None:
+        self.num_looks = 0
+        self.found_at = found_at
+
+    def __call__(self) -> bool:
+        self.num_looks += 1
+        return self.num_looks >= self.found_at
+
+
+def test_spinning_ends_when_something_is_found() -> None:
+    spin, looks = AdaptiveSpin(60), Looks(found_at=1000)
+    assert spin.until(looks)
+    assert looks.num_looks == 1000
+
+
+def test_spinning_is_left_out_after_it_was_in_vain_until_a_wait_was_short() -> None:
+    spin = AdaptiveSpin(0.001)
+    assert not spin.until(Looks(found_at=float("inf")))
+    for seconds, is_worthwhile in [(0.5, False), (0.0001, True), (0.5, False)]:
+        spin.waited(seconds)
+        assert spin.until(Looks(found_at=1)) == is_worthwhile
+
+
+def test_no_spinning_by_default() -> None:
+    spin, looks = AdaptiveSpin(Limits().spin_s), Looks(found_at=1)
+    assert not spin.until(looks)
+    spin.waited(0)
+    assert not spin.until(looks)
+    assert looks.num_looks == 0
 
 
 async def test_turns_are_taken_in_order_of_arrival() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 import struct
+import threading
 import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -208,6 +209,35 @@ async def test_arrived_bytes_are_received_without_the_loop(open_raw: OpenRaw) ->
     with pytest.raises(StopIteration) as done:
         connection.recv().send(None)
     assert bytes(done.value.value) == b"here"
+
+
+async def test_a_spinning_receiver_does_not_suspend(open_raw: OpenRaw) -> None:
+    raw, connection = await open_raw(Limits(spin_s=20))
+    started = threading.Event()
+
+    def answer() -> None:
+        started.wait()
+        raw.sendall(framed(b"answer"))
+        raw.shutdown(socket.SHUT_WR)
+
+    answering = asyncio.create_task(asyncio.to_thread(answer))
+    await asyncio.sleep(0)
+    started.set()
+    with pytest.raises(StopIteration) as done:
+        connection.recv().send(None)
+    assert bytes(done.value.value) == b"answer"
+    with pytest.raises(ConnectionClosed):
+        connection.recv().send(None)
+    await answering
+
+
+async def test_a_receiver_that_spun_in_vain_waits(open_raw: OpenRaw) -> None:
+    raw, connection = await open_raw(Limits(spin_s=0.0001))
+    for number in range(3):
+        receiving = asyncio.create_task(connection.recv())
+        await asyncio.sleep(0)
+        raw.sendall(framed(bytes([number])))
+        assert bytes(await receiving) == bytes([number])
 
 
 async def test_sending_after_the_peer_ended_its_direction(open_raw: OpenRaw) -> None:
