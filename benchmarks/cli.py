@@ -80,18 +80,18 @@ def overhead(
 
 def _overhead_table(result: dict[str, Any]) -> Table:
     table = Table(
-        title=f"Decoding, {result['settings']['num_threads']} thread(s) per process; "
-        "median (min to max)"
+        title="Decoding: median (min to max); threads are per process, and split is two of them"
     )
-    for heading in ("arrangement", "engine", "dtype", "tokens/s", "split against it"):
-        table.add_column(heading)
+    for heading in ("arrangement", "engine", "threads", "dtype", "tokens/s", "split against it"):
+        table.add_column(heading, no_wrap=True)
     for arrangement in result["arrangements"]:
-        label = f"every {arrangement['every']}: {arrangement['round_trips_per_token']} round trips"
+        label = f"{arrangement['round_trips_per_token']} round trips a token"
         for row in arrangement["rows"]:
             ratio = arrangement.get(f"split_vs_{row['engine']}")
             table.add_row(
                 label,
-                row["engine"],
+                row["engine"].removesuffix("_all_cpus"),
+                str(row["num_threads"]),
                 row["dtype"],
                 _spread(row["tokens_per_s"]),
                 "" if ratio is None else _spread(ratio),

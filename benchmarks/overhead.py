@@ -1,10 +1,13 @@
 """What splitting costs: decode speed split, unsplit, and in transformers, in one run.
 
 Method. Every engine runs in its own process with the same number of threads; the split one is
-two processes, the cloud daemon and an edge, over TCP on the loopback interface. First each
-engine decodes briefly in every dtype and keeps its fastest. Then the engines take turns for
-``rounds`` rounds, each decoding the same number of tokens after the same prompt, the first ones
-not counted, with end-of-sequence banned. Ratios are of runs of the same round.
+two processes, the cloud daemon and an edge, over TCP on the loopback interface. So the decoder
+has the same processors everywhere, and the edge its own, as on a device of its own. Since this
+leaves a processor idle while the other engines run, they are measured on all processors too
+(``..._all_cpus``). First each engine decodes briefly in every dtype and keeps its fastest. Then
+the engines take turns for ``rounds`` rounds, each decoding the same number of tokens after the
+same prompt, the first ones not counted, with end-of-sequence banned. Ratios are of runs of the
+same round.
 """
 
 from __future__ import annotations
@@ -51,6 +54,16 @@ class OverheadSettings:
     directory: Path
 
 
+@dataclass(frozen=True)
+class _Run:
+    """One row of the result."""
+
+    label: str
+    engine: EngineName
+    dtype: DtypeName
+    num_threads: int
+
+
 def default_num_threads() -> int:
     """Half the processors, since the split engine is two processes on this machine."""
     return max(1, len(os.sched_getaffinity(0)) // 2)
@@ -70,8 +83,7 @@ def measure_overhead(settings: OverheadSettings, report: Report) -> dict[str, An
             "prompt_tokens": settings.prompt_tokens,
             "num_threads": settings.num_threads,
         },
-        "split_vs_unsplit": first["split_vs_unsplit"],
-        "split_vs_transformers": first["split_vs_transformers"],
+        **{name: value for name, value in first.items() if name.startswith("split_vs_")},
         "arrangements": arrangements,
     }
 
@@ -82,16 +94,25 @@ def _measure_arrangement(settings: OverheadSettings, every: int, report: Report)
     request = MeasureRequest(
         prompt_tokens=settings.prompt_tokens, warmup_tokens=8, tokens=settings.tokens
     )
-    rates: dict[EngineName, list[float]] = {name: [] for name in ENGINES}
     with ExitStack() as stack:
         fastest = {
             name: _fastest_dtype(settings, name, place, report, f"every {every}: {name}")
             for name in ENGINES
         }
+        runs = [_Run(name, name, fastest[name], settings.num_threads) for name in ENGINES]
+        if (num_cpus := len(os.sched_getaffinity(0))) > settings.num_threads:
+            runs += [
+                _Run(f"{name}_all_cpus", name, fastest[name], num_cpus)
+                for name in ENGINES
+                if name != "split"
+            ]
         workers = {
-            name: stack.enter_context(_engine(settings, name, fastest[name], place))
-            for name in ENGINES
+            run.label: stack.enter_context(
+                _engine(settings, run.engine, run.dtype, place, run.num_threads)
+            )
+            for run in runs
         }
+        rates: dict[str, list[float]] = {label: [] for label in workers}
         for number in range(settings.rounds):
             for name, worker in workers.items():
                 report(f"every {every}: round {number + 1} of {settings.rounds}, {name}")
@@ -99,15 +120,22 @@ def _measure_arrangement(settings: OverheadSettings, every: int, report: Report)
     return {
         "every": every,
         "round_trips_per_token": round_trips,
-        "split_vs_unsplit": paired_ratios(rates["split"], rates["unsplit"])._asdict(),
-        "split_vs_transformers": paired_ratios(rates["split"], rates["transformers"])._asdict(),
+        **{
+            f"split_vs_{label}": paired_ratios(rates["split"], rates[label])._asdict()
+            for label in rates
+            if label != "split"
+        },
         "rows": [
             {
-                "engine": name,
-                "dtype": fastest[name],
-                "tokens_per_s": {**Spread.of(rates[name])._asdict(), "runs": rates[name]},
+                "engine": run.label,
+                "dtype": run.dtype,
+                "num_threads": run.num_threads,
+                "tokens_per_s": {
+                    **Spread.of(rates[run.label])._asdict(),
+                    "runs": rates[run.label],
+                },
             }
-            for name in ENGINES
+            for run in runs
         ],
     }
 
@@ -137,14 +165,14 @@ def _fastest_dtype(
     rates = {}
     for dtype in DTYPES:
         report(f"{label}, trying {dtype}")
-        with _engine(settings, name, dtype, place) as worker:
+        with _engine(settings, name, dtype, place, settings.num_threads) as worker:
             rates[dtype] = max(_measure(worker, CALIBRATION) for _ in range(2))
     return max(rates, key=rates.__getitem__)
 
 
 @contextmanager
 def _engine(
-    settings: OverheadSettings, name: EngineName, dtype: DtypeName, place: Path
+    settings: OverheadSettings, name: EngineName, dtype: DtypeName, place: Path, num_threads: int
 ) -> Iterator[Daemon]:
     """Start an engine, and for the split one its cloud; give the process that is measured."""
     place = place.absolute()
@@ -154,11 +182,11 @@ def _engine(
         "shards": str(place / "shards"),
         "adapter": str(place / "adapter.safetensors"),
         "dtype": dtype,
-        "num_threads": settings.num_threads,
+        "num_threads": num_threads,
     }
     with ExitStack() as stack:
         if name == "split":
-            common = {"dtype": dtype, "num_threads": settings.num_threads}
+            common = {"dtype": dtype, "num_threads": num_threads}
             cloud_file = _write(
                 place / "cloud.yaml",
                 {

@@ -110,7 +110,9 @@ class TransformersEngine:
                 source.directory, local_files_only=True, **options
             )
             settings.quantization_config = None
-            model = AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, config.dtype))
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                settings, dtype=getattr(torch, config.dtype)
+            )
             weights = {name: checkpoint.read(name) for name in checkpoint.names()}
             model.load_state_dict(weights, strict=False)  # a tied head is not listed
             model.tie_weights()

@@ -44,8 +44,8 @@ class Limits:
     transport stops reading, so that a fast sender is slowed down (back-pressure). At least
     one whole frame is always accepted, and a transport may count some overhead per frame.
     ``spin_s``: how long ``recv`` may look for a frame without letting the event loop sleep (or
-    do anything else), where the transport can; 0 is never. It is given up while the peer takes
-    longer than that. ``close_timeout_s``: how long ``aclose`` waits for the peer before it aborts.
+    do anything else), where the transport can; 0 is never. While the peer mostly takes longer,
+    it is done rarely. ``close_timeout_s``: how long ``aclose`` waits for the peer before it aborts.
 
     Raises ConfigError for a value that cannot work.
     """

@@ -13,6 +13,8 @@ _FRAME_OVERHEAD_NBYTES = 256
 """Charged per queued frame, about what its Python objects take: a flood of empty frames must
 fill a queue too."""
 
+_MAX_SPINS_LEFT_OUT = 1024
+
 
 def again(error: PrivateLoRAError) -> PrivateLoRAError:
     """A fresh copy of ``error``: one instance raised in several tasks would mix tracebacks."""
@@ -61,8 +63,9 @@ class FrameQueue:
         self.frames.append(frame)
         self._nbytes += len(frame) + _FRAME_OVERHEAD_NBYTES
         self.full = self._nbytes >= self._max_nbytes
-        if self._waiter is not None:
-            wake(self._waiter)
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     def pop(self) -> memoryview:
         """Take the first frame; there must be one."""
@@ -111,30 +114,30 @@ class AdaptiveSpin:
     """Looks for a frame again and again for a bounded time, while that pays.
 
     Waking a process that sleeps can take longer than a near peer takes to answer. For a far
-    one looking is waste: after a spin in vain the next ones are left out, until a wait turns
-    out to have been shorter than a spin.
+    peer looking is waste, and on a busy machine the peer may need the very core that looks:
+    after a spin in vain the next one is left out, after each further one twice as many.
     """
 
-    __slots__ = ("_is_worthwhile", "_spin_s")
+    __slots__ = ("_num_left_out", "_num_to_leave_out", "_spin_s")
 
     def __init__(self, spin_s: float) -> None:
         self._spin_s = spin_s
-        self._is_worthwhile = spin_s > 0
+        self._num_left_out = 0
+        self._num_to_leave_out = 1
 
     def until(self, look: Callable[[], bool]) -> bool:
         """Call ``look`` until it is true, or the time is over or not worth spending."""
-        if not self._is_worthwhile:
+        if self._num_left_out > 0:
+            self._num_left_out -= 1
             return False
         deadline = monotonic() + self._spin_s
         while not look():
             if monotonic() >= deadline:
-                self._is_worthwhile = False
+                self._num_left_out = self._num_to_leave_out
+                self._num_to_leave_out = min(2 * self._num_to_leave_out, _MAX_SPINS_LEFT_OUT)
                 return False
+        self._num_to_leave_out = 1
         return True
-
-    def waited(self, seconds: float) -> None:
-        """Take note of how long a frame took that was slept for."""
-        self._is_worthwhile = seconds < self._spin_s
 
 
 class Turns:

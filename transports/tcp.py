@@ -11,7 +11,6 @@ import contextlib
 import os
 import socket
 from collections.abc import Sequence
-from time import monotonic
 
 from privatelora.errors import ConnectError, ConnectionClosed, RemoteProtocolError
 from privatelora.transports.address import parse_address
@@ -47,7 +46,7 @@ class TcpConnection(QueuedConnection):
         self._sock = sock
         self._fd = sock.fileno()
         self._reader = FrameReader(self._queue, limits.max_frame_nbytes, self._peer)
-        self._spin = AdaptiveSpin(limits.spin_s)
+        self._spin = AdaptiveSpin(limits.spin_s) if limits.spin_s else None
         self._is_reading = True
         self._loop.add_reader(self._fd, self._on_readable)
         self._write_waiter: asyncio.Future[None] | None = None
@@ -103,12 +102,13 @@ class TcpConnection(QueuedConnection):
         """Return the next frame; see Connection.recv."""
         queue = self._queue
         queue.require_no_receiver()
-        if self._has_input() or self._spin.until(self._has_input):
-            return queue.pop() if queue.frames else await queue.get()
-        started = monotonic()
-        frame = await queue.get()
-        self._spin.waited(monotonic() - started)
-        return frame
+        if not queue.frames and queue.error is None:
+            self._receive()
+            if self._spin is not None and not queue.frames:
+                self._spin.until(self._has_input)
+        if queue.frames:
+            return queue.pop()
+        return await queue.get()
 
     def _has_input(self) -> bool:
         """Whether a frame or the end is there to be taken."""

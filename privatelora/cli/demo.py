@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -29,6 +30,8 @@ CLOUD_YAML = """\
 # Written by `privatelora demo`; start it yourself with `privatelora-serve {file}`.
 listen: tcp://127.0.0.1:{port}
 shard: shards/cloud
+num_threads: {num_threads}  # half the processors; the edge is on this machine too
+spin_us: 200
 """
 
 EDGE_YAML = """\
@@ -36,6 +39,8 @@ EDGE_YAML = """\
 cloud: {address}
 shard: shards/edge
 adapter: adapter.safetensors
+num_threads: {num_threads}
+spin_us: 2000
 """
 
 
@@ -64,11 +69,14 @@ def demo(
     place = directory / f"every-{every}"
     prepared = _prepare(model, place, every, console)
     cloud_yaml, edge_yaml = place / "cloud.yaml", place / "edge.yaml"
-    cloud_yaml.write_text(CLOUD_YAML.format(file=cloud_yaml, port=0))
+    num_threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    cloud_yaml.write_text(CLOUD_YAML.format(file=cloud_yaml, port=0, num_threads=num_threads))
     with Daemon("privatelora.cli.serve", cloud_yaml) as cloud:
         address = cloud.read_line().removeprefix("ready ").strip()
         console.print(f"cloud: process {cloud.pid}, listening on {address}")
-        edge_yaml.write_text(EDGE_YAML.format(file=edge_yaml, address=address))
+        edge_yaml.write_text(
+            EDGE_YAML.format(file=edge_yaml, address=address, num_threads=num_threads)
+        )
         with Daemon("privatelora.cli.edge", edge_yaml) as edge:
             edge.read_event("ready")
             console.print(f"edge:  process {edge.pid}, connected\n")
@@ -153,7 +161,8 @@ def _ask(edge: Daemon, question: str, max_tokens: int, console: Console) -> dict
         )
     )
     while (event := edge.read_event("text", "done"))["event"] == "text":
-        console.print(event["text"], end="", markup=False, soft_wrap=True)
+        # Plainly: laying text out takes a processor from the two that generate it.
+        print(event["text"], end="", flush=True)
     console.print("\n")
     return {
         "question": question,

@@ -7,7 +7,6 @@ import asyncio
 import pytest
 
 from privatelora.errors import ConnectionClosed, LocalProtocolError
-from privatelora.transports.base import Limits
 from privatelora.transports.flow import AdaptiveSpin, FrameQueue, Turns
 
 pytestmark = pytest.mark.usefixtures("ends_in_time", "nothing_leaks")
@@ -92,20 +91,20 @@ def test_spinning_ends_when_something_is_found() -> None:
     assert looks.num_looks == 1000
 
 
-def test_spinning_is_left_out_after_it_was_in_vain_until_a_wait_was_short() -> None:
-    spin = AdaptiveSpin(0.001)
-    assert not spin.until(Looks(found_at=float("inf")))
-    for seconds, is_worthwhile in [(0.5, False), (0.0001, True), (0.5, False)]:
-        spin.waited(seconds)
-        assert spin.until(Looks(found_at=1)) == is_worthwhile
+def test_spins_in_vain_become_rare_until_one_succeeds() -> None:
+    spin, vain = AdaptiveSpin(0.001), Looks(found_at=float("inf"))
 
+    def tries_until_next_spin() -> int:
+        before, num_tries = vain.num_looks, 0
+        while vain.num_looks == before:
+            assert not spin.until(vain)
+            num_tries += 1
+        return num_tries
 
-def test_no_spinning_by_default() -> None:
-    spin, looks = AdaptiveSpin(Limits().spin_s), Looks(found_at=1)
-    assert not spin.until(looks)
-    spin.waited(0)
-    assert not spin.until(looks)
-    assert looks.num_looks == 0
+    assert [tries_until_next_spin() for _ in range(5)] == [1, 2, 3, 5, 9]
+    while not spin.until(Looks(found_at=1)):
+        pass
+    assert [tries_until_next_spin() for _ in range(3)] == [1, 2, 3]
 
 
 async def test_turns_are_taken_in_order_of_arrival() -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from privatelora.errors import ConnectionClosed, RemoteProtocolError
 from privatelora.transports.base import Connection, Limits
+from privatelora.transports.flow import AdaptiveSpin
 from privatelora.transports.framing import HEADER, MAGIC
 from privatelora.transports.registry import listen
 from tests.transports.support import MIB, SMALL_QUEUE, blocked, received, send_for_ever, settled
@@ -229,6 +230,15 @@ async def test_a_spinning_receiver_does_not_suspend(open_raw: OpenRaw) -> None:
     with pytest.raises(ConnectionClosed):
         connection.recv().send(None)
     await answering
+
+
+async def test_no_spinning_by_default(open_raw: OpenRaw, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(AdaptiveSpin, "until")
+    raw, connection = await open_raw(Limits())
+    receiving = asyncio.create_task(connection.recv())
+    await asyncio.sleep(0)
+    raw.sendall(framed(b"later"))
+    assert bytes(await receiving) == b"later"
 
 
 async def test_a_receiver_that_spun_in_vain_waits(open_raw: OpenRaw) -> None:
