@@ -73,19 +73,19 @@ def overhead(
             ),
             status.update,
         )
-    console.print(_overhead_table(result))
+    console.print(_overhead_table(result), width=max(100, console.width))
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _overhead_table(result: dict[str, Any]) -> Table:
     table = Table(
-        title="Decoding: median (min to max); threads are per process, and split is two of them"
+        title="Decoding, median (min-max); threads are per process, and split is two of them"
     )
-    for heading in ("arrangement", "engine", "threads", "dtype", "tokens/s", "split against it"):
+    for heading in ("round trips", "engine", "threads", "dtype", "tokens/s", "split / it"):
         table.add_column(heading, no_wrap=True)
     for arrangement in result["arrangements"]:
-        label = f"{arrangement['round_trips_per_token']} round trips a token"
+        label = str(arrangement["round_trips_per_token"])
         for row in arrangement["rows"]:
             ratio = arrangement.get(f"split_vs_{row['engine']}")
             table.add_row(
@@ -101,7 +101,7 @@ def _overhead_table(result: dict[str, Any]) -> Table:
 
 
 def _spread(figure: dict[str, Any]) -> str:
-    return f"{figure['median']:.3g} ({figure['min']:.3g} to {figure['max']:.3g})"
+    return f"{figure['median']:.3g} ({figure['min']:.3g}-{figure['max']:.3g})"
 
 
 def main() -> None:

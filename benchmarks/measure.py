@@ -22,9 +22,6 @@ class Spread(NamedTuple):
         """Of at least one value."""
         return cls(statistics.median(values), min(values), max(values))
 
-    def __str__(self) -> str:
-        return f"{self.median:.3g} ({self.min:.3g} to {self.max:.3g})"
-
 
 def paired_ratios(ours: Sequence[float], baseline: Sequence[float]) -> Spread:
     """Ratio run by run, which holds when the machine's speed drifts between runs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import signal
 from collections.abc import Coroutine
@@ -17,6 +18,9 @@ def run(main: Coroutine[Any, Any, T]) -> T:
         factory = importlib.import_module("uvloop").new_event_loop
     except ImportError:
         factory = None
+    # What was loaded stays: leaving it to every full collection would pause decoding.
+    gc.collect()
+    gc.freeze()
     with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(main)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,11 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from privatelora.errors import ConfigError
 from privatelora.runtime.sampling_params import SamplingParams
+
+MIN_TEMPERATURE = 1e-5
+"""Below it only the most likely token is left anyway, and scores would become infinite."""
 
 
 class Sampler:
@@ -24,7 +29,7 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, banned_ids: Sequence[int] = ()) -> None:
         """``banned_ids`` are never chosen."""
-        self._greedy = params.temperature == 0.0
+        self._greedy = params.temperature < MIN_TEMPERATURE
         self._banned_ids = list(banned_ids)
         self._processors = LogitsProcessorList()
         if params.repetition_penalty != 1.0:
@@ -43,7 +48,15 @@ class Sampler:
 
     @torch.inference_mode()
     def choose(self, logits: torch.Tensor, token_ids: Sequence[int]) -> int:
-        """Next token after ``token_ids`` from its logits (vocab_size,)."""
+        """Next token after ``token_ids`` from its logits (vocab_size,).
+
+        Raises ConfigError if the logits overflowed.
+        """
+        if not math.isfinite(logits.max()):
+            raise ConfigError(
+                "the model's logits are not finite numbers: its dtype is too narrow for it; set "
+                "dtype to bfloat16 or float32 on both sides"
+            )
         scores = logits.unsqueeze(0)
         if self._banned_ids:
             scores = scores.clone()

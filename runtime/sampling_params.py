@@ -15,7 +15,7 @@ class SamplingParams(BaseModel):
     top_k: int = Field(default=0, ge=0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
-    repetition_penalty: float = Field(default=1.0, gt=0.0)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100.0)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     max_tokens: int = Field(default=512, gt=0)
     stop: tuple[str, ...] = Field(default=(), max_length=16)

@@ -27,7 +27,7 @@ class TextStream:
         """Text that ``token_id`` completes, without the stop string or anything after it."""
         if self.stopped:
             return ""
-        self._held += self._decoder.step(self._tokenizer, token_id) or ""
+        self._held += self._decode(token_id)
         ends = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if ends:
             self.stopped = True
@@ -42,6 +42,15 @@ class TextStream:
         """Text still held back when no more tokens come."""
         text, self._held = self._held, ""
         return text
+
+    def _decode(self, token_id: int) -> str:
+        """Text that is certain now."""
+        try:
+            return self._decoder.step(self._tokenizer, token_id) or ""
+        except Exception:  # all that tokenizers raises
+            # Bytes that are no text changed how what is out already would be read: begin anew.
+            self._decoder = DecodeStream(skip_special_tokens=True)
+            return self._decoder.step(self._tokenizer, token_id) or ""
 
     def _overlap(self, stop: str) -> int:
         """Length of the longest tail held that begins ``stop``."""

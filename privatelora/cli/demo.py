@@ -135,10 +135,14 @@ def _prepare(model: str, place: Path, every: int, console: Console) -> dict[str,
 
 def _parameters(manifest: Manifest) -> dict[str, int]:
     """Numbers a side holds, by kind."""
+    from privatelora.partition.layout import folded_norm_name
+
     counts: dict[str, int] = {}
     for name, entry in manifest.tensors.items():
         if ".lora_" in name or name.startswith("points."):
             kind = "public A and B"
+        elif name == folded_norm_name(manifest.plan) and manifest.role == "edge":
+            kind = "copy of a norm, to fold the first exchange"
         elif name.startswith("model.layers."):
             kind = "decoder layers"
         else:
