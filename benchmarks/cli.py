@@ -56,7 +56,6 @@ def overhead(
         arrangements = tuple(int(text) for text in every.split(","))
     except ValueError as error:
         raise ConfigError(f"--every {every!r}: give numbers, such as 1,6") from error
-    console = Console()
     with (
         tempfile.TemporaryDirectory(prefix="privatelora-bench-") as directory,
         Console(stderr=True).status("starting") as status,
@@ -73,7 +72,7 @@ def overhead(
             ),
             status.update,
         )
-    console.print(_overhead_table(result), width=max(100, console.width))
+    Console(width=max(100, Console().width)).print(_overhead_table(result))
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n")
 

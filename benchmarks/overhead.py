@@ -35,6 +35,8 @@ DtypeName = Literal["float16", "bfloat16", "float32"]
 DTYPES: tuple[DtypeName, ...] = get_args(DtypeName)
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 CALIBRATION = MeasureRequest(prompt_tokens=16, warmup_tokens=4, tokens=12)
+SPIN_US = 5000
+"""Longer than the longest segment, so that no figure holds the wake-up of a sleeping processor."""
 ADAPTER_STD = 0.02
 """Of the random M: large enough to change the logits, as a trained one would."""
 
@@ -82,6 +84,7 @@ def measure_overhead(settings: OverheadSettings, report: Report) -> dict[str, An
             "tokens": settings.tokens,
             "prompt_tokens": settings.prompt_tokens,
             "num_threads": settings.num_threads,
+            "spin_us": SPIN_US,
         },
         **{name: value for name, value in first.items() if name.startswith("split_vs_")},
         "arrangements": arrangements,
@@ -192,7 +195,7 @@ def _engine(
                 {
                     "listen": "tcp://127.0.0.1:0",
                     "shard": str(place / "shards/cloud"),
-                    "spin_us": 200,
+                    "spin_us": SPIN_US,
                     **common,
                 },
             )
@@ -201,7 +204,7 @@ def _engine(
                 "cloud": cloud.read_line().removeprefix("ready ").strip(),
                 "shard": str(place / "shards/edge"),
                 "adapter": config["adapter"],
-                "spin_us": 2000,
+                "spin_us": SPIN_US,
                 **common,
             }
             config["edge_config"] = str(_write(place / "edge.yaml", edge))

@@ -40,9 +40,14 @@ class TextModel:
                 "this model has no chat template; send a plain prompt instead of messages"
             )
         turns = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
-        text = self._tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True
-        )
+        try:
+            text = self._tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template is a program, and may refuse in its own words
+            raise RequestError(
+                f"the model's chat template refuses these messages: {error}"
+            ) from error
         # The template writes the special tokens itself.
         return self.encode_prompt(str(text), add_special_tokens=False)
 

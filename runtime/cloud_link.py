@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
@@ -47,6 +48,8 @@ from privatelora.runtime.wire.prelude import WireLimits
 from privatelora.runtime.wire.state import WireConnection
 from privatelora.transports.base import Connection, Limits
 from privatelora.transports.registry import connect
+
+logger = logging.getLogger(__name__)
 
 Answer = Callable[[int, TensorPayload], TensorPayload]
 """From an exchange point's index and z to y; raises RemoteProtocolError for an impossible z."""
@@ -162,18 +165,20 @@ class CloudLink:
         """Send a message of ``session`` and wait for what ends it."""
         if self._failure is not None:
             raise again(self._failure)
+        if session.failure is not None:
+            raise ConnectionClosed(f"the sequence has ended: {session.failure}")
         session.waiter = asyncio.get_running_loop().create_future()
-        async with self._deadline():
-            session.traffic.sent_nbytes += await self._send(message)
+        async with self.deadline():
+            try:
+                session.traffic.sent_nbytes += await self._send(message)
+            except PrivateLoRAError:
+                session.waiter = None  # it was not said, so nothing will end it
+                raise
             return await session.result()
 
-    async def settle(self, session: LinkSession) -> None:
-        """Wait for the end of a step whose caller was cancelled."""
-        async with self._deadline():
-            await session.result()
-
     @contextlib.asynccontextmanager
-    async def _deadline(self) -> AsyncIterator[None]:
+    async def deadline(self) -> AsyncIterator[None]:
+        """Bound a wait for the cloud; past it the link fails with TransportTimeout."""
         try:
             async with asyncio.timeout(self._settings.step_timeout_s):
                 yield
@@ -189,7 +194,13 @@ class CloudLink:
 
     async def _send(self, message: Message) -> int:
         parts = self._wire.send(message)
-        await self._connection.send(*parts)
+        try:
+            await self._connection.send(*parts)
+        except asyncio.CancelledError:
+            # Said for this end and perhaps not for the other: they would not agree any more.
+            self._fail(ConnectionClosed("a message to the cloud was cut off"))
+            self._connection.abort()
+            raise
         return sum(map(len, parts))
 
     async def _read(self) -> None:
@@ -230,6 +241,10 @@ class CloudLink:
         except PrivateLoRAError as error:
             self._fail(error)
             self._connection.abort()
+        except Exception as error:  # a defect, or no memory left: nobody may wait for it in vain
+            logger.exception("the link to %s failed", self._settings.address)
+            self._fail(PrivateLoRAError(f"answering the cloud failed: {error}"))
+            self._connection.abort()
 
     async def _drop(self, session: LinkSession, error: ConfigError) -> None:
         """End one session that this end cannot go on with."""
@@ -259,6 +274,9 @@ class LinkSession:
         self.answer = answer
         self.traffic = Traffic()
         self.waiter: asyncio.Future[Message] | None = None
+        """Gets what ends the step in flight, whether somebody still waits for it or not."""
+        self.failure: PrivateLoRAError | None = None
+        """Why the session is over."""
         self._link = link
         self._last_step_id = -1
 
@@ -269,20 +287,22 @@ class LinkSession:
         hidden_states: TensorPayload,
         opening: TensorPayload | None,
     ) -> TensorPayload:
-        """Run one step to its end; the final hidden states of the rows asked for."""
-        if self.waiter is not None:
-            await self._link.settle(self)
+        """Run one step to its end; the final hidden states of the rows asked for.
+
+        After a step whose caller was cancelled, ``settle`` first.
+        """
         self._last_step_id = step_id = self._last_step_id + 1
         begin = StepBegin(self.session_id, step_id, position, output_rows, hidden_states, opening)
-        try:
-            reply = await self._link.ask(self, begin)
-        except asyncio.CancelledError:
-            # The step goes on over there; the next one has to wait for its end.
-            self.waiter = asyncio.get_running_loop().create_future()
-            raise
+        reply = await self._link.ask(self, begin)
         if not isinstance(reply, StepEnd) or reply.step_id != step_id:
             raise RemoteProtocolError(f"the cloud answered step {step_id} with {reply!r}")
         return reply.hidden_states
+
+    async def settle(self) -> None:
+        """Wait for the end of a step whose caller was cancelled, if there is one."""
+        if self.waiter is not None:
+            async with self._link.deadline():
+                await self.result()
 
     async def aclose(self) -> None:
         """Free the session. May be repeated, never raises."""
@@ -290,12 +310,15 @@ class LinkSession:
 
     async def result(self) -> Message:
         """Wait for the message that ends what was asked."""
-        if self.waiter is None:
+        waiter = self.waiter
+        if waiter is None:
             raise LocalProtocolError("nothing was asked of the cloud")
         try:
-            return await self.waiter
+            return await waiter
         finally:
-            self.waiter = None
+            # If the caller alone was cancelled, what was asked goes on over there.
+            unfinished = waiter.cancelled()
+            self.waiter = asyncio.get_running_loop().create_future() if unfinished else None
 
     def resolve(self, message: Message) -> None:
         """Hand the awaited message to whoever waits."""
@@ -303,9 +326,11 @@ class LinkSession:
             self.waiter.set_result(message)
 
     def fail(self, error: PrivateLoRAError) -> None:
-        """Raise ``error`` in whoever waits."""
+        """End the session: raise ``error`` in whoever waits."""
+        self.failure = self.failure or error
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_exception(again(error))
+            self.waiter.exception()  # if nobody waits any more, asyncio has not to complain
 
 
 def again(error: PrivateLoRAError) -> PrivateLoRAError:

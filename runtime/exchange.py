@@ -13,32 +13,23 @@ from privatelora.runtime.engine import Engine, Step
 class PrivateMatrices:
     """All M of one adapter, stacked so that one product answers one exchange point."""
 
-    def __init__(self, plan: Plan, weights: Mapping[tuple[int, Target], torch.Tensor]) -> None:
-        """Take M by (layer, target), each (rank_down, rank_up), as float32."""
+    def __init__(
+        self,
+        plan: Plan,
+        weights: Mapping[tuple[int, Target], torch.Tensor],
+        device: torch.device | None = None,
+    ) -> None:
+        """Take M by (layer, target), each (rank_down, rank_up), for use on ``device`` (CPU)."""
         self._plan = plan
-        self._stacked = [
-            torch.stack(
-                [
-                    weights[layer, target].float()
-                    for layer in point.layers
-                    for target in plan.targets
-                ]
-            )
-            for point in plan.points
-        ]
-        # (num_matrices, rank_up, rank_down) per layer: one block of z for each matrix.
-        # (1, rank_up, num_matrices * rank_down) grouped: one block of z for all of them.
-        self._factors = [
-            m.transpose(1, 2).contiguous()
-            if plan.every == 1
-            else m.flatten(0, 1).t().contiguous().unsqueeze(0)
-            for m in self._stacked
-        ]
-
-    @property
-    def num_parameters(self) -> int:
-        """How many numbers M has in all."""
-        return sum(m.numel() for m in self._stacked)
+        self._factors = []
+        for point in plan.points:
+            matrices = [weights[layer, name] for layer in point.layers for name in plan.targets]
+            stacked = torch.stack(matrices).to(device, torch.float32)
+            if plan.every == 1:  # (T, rank_up, rank_down): a block of z for each matrix
+                factor = stacked.transpose(1, 2)
+            else:  # (1, rank_up, S * T * rank_down): one block of z for all of them
+                factor = stacked.flatten(0, 1).t().unsqueeze(0)
+            self._factors.append(factor.contiguous())
 
     @torch.inference_mode()
     def reply(self, point: ExchangePoint, z: torch.Tensor) -> torch.Tensor:

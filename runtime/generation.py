@@ -78,6 +78,8 @@ class Context:
         """Open a sequence of ``max_positions`` (default: all the model offers)."""
         max_positions = max_positions or model.max_positions
         sequence = await model.open_sequence(max_positions)
+        # What a model offers may only be known once its other half was reached.
+        max_positions = min(max_positions, model.max_positions)
         return cls(sequence, max_positions, model.max_step_positions)
 
     async def advance(self, token_ids: Seq[int]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -97,18 +98,20 @@ class SplitModel:
         self._settings = settings
         self._codecs = codecs
         self._link: CloudLink | None = None
+        self._connecting = asyncio.Lock()
 
     async def link(self) -> CloudLink:
         """The live connection, opened now if there is none; raises as ``open_link`` does."""
-        if self._link is not None and not self._link.is_open:
-            await self._link.aclose()
-            self._link = None
-        if self._link is None:
-            link = await open_link(self._settings, self._fingerprints)
-            self._link = link
-            self.max_positions = min(self.max_positions, link.cloud.max_positions)
-            self.max_step_positions = min(self.max_step_positions, self._largest_step(link))
-        return self._link
+        async with self._connecting:
+            if self._link is not None and not self._link.is_open:
+                await self._link.aclose()
+                self._link = None
+            if self._link is None:
+                link = await open_link(self._settings, self._fingerprints)
+                self._link = link
+                self.max_positions = min(self.max_positions, link.cloud.max_positions)
+                self.max_step_positions = min(self.max_step_positions, self._largest_step(link))
+            return self._link
 
     async def open_sequence(self, max_positions: int) -> SplitSequence:
         """Reserve a cache on the cloud. Raises CapacityError, RequestError, TransportError."""
@@ -168,6 +171,7 @@ class SplitSequence:
         """See ``Sequence.forward``."""
         if self._session is None:
             raise ConnectionClosed("this sequence is closed")
+        await self._session.settle()  # an earlier step's answers need what it left here
         parts, plan = self._parts, self._parts.plan
         first = parts.first.begin(parts.ends.embed(token_ids), position, self._first_kv)
         run_locally(parts.first, first, parts.matrices)

@@ -116,7 +116,7 @@ def _text_model(
     plan = adapter.plan if adapter is not None else None
     matrices = None
     if adapter is not None:
-        matrices = PrivateMatrices(adapter.plan, adapter.weights)
+        matrices = PrivateMatrices(adapter.plan, adapter.weights, device)
     engine = Engine(config, plan, range(config.num_layers), tensors, device, dtype)
     return TextModel(
         UnsplitModel(Ends(config, tensors), engine, matrices), load_tokenizer(tokenizer_dir)

@@ -31,7 +31,7 @@ CLOUD_YAML = """\
 listen: tcp://127.0.0.1:{port}
 shard: shards/cloud
 num_threads: {num_threads}  # half the processors; the edge is on this machine too
-spin_us: 200
+spin_us: 1000
 """
 
 EDGE_YAML = """\
@@ -40,7 +40,7 @@ cloud: {address}
 shard: shards/edge
 adapter: adapter.safetensors
 num_threads: {num_threads}
-spin_us: 2000
+spin_us: 5000
 """
 
 
