@@ -167,12 +167,12 @@ class CloudLink:
             raise again(self._failure)
         if session.failure is not None:
             raise ConnectionClosed(f"the sequence has ended: {session.failure}")
-        session.waiter = asyncio.get_running_loop().create_future()
+        session.expect()
         async with self.deadline():
             try:
                 session.traffic.sent_nbytes += await self._send(message)
             except PrivateLoRAError:
-                session.waiter = None  # it was not said, so nothing will end it
+                session.in_flight = False  # it was not said, so nothing will end it
                 raise
             return await session.result()
 
@@ -273,10 +273,12 @@ class LinkSession:
         self.session_id = session_id
         self.answer = answer
         self.traffic = Traffic()
-        self.waiter: asyncio.Future[Message] | None = None
-        """Gets what ends the step in flight, whether somebody still waits for it or not."""
+        self.in_flight = False
+        """Something was asked and has not ended, whether somebody still waits for it or not."""
         self.failure: PrivateLoRAError | None = None
         """Why the session is over."""
+        self._reply: Message | None = None
+        self._waiter: asyncio.Future[None] | None = None
         self._link = link
         self._last_step_id = -1
 
@@ -300,7 +302,7 @@ class LinkSession:
 
     async def settle(self) -> None:
         """Wait for the end of a step whose caller was cancelled, if there is one."""
-        if self.waiter is not None:
+        if self.in_flight:
             async with self._link.deadline():
                 await self.result()
 
@@ -309,28 +311,33 @@ class LinkSession:
         await self._link.close_session(self)
 
     async def result(self) -> Message:
-        """Wait for the message that ends what was asked."""
-        waiter = self.waiter
-        if waiter is None:
-            raise LocalProtocolError("nothing was asked of the cloud")
-        try:
-            return await waiter
-        finally:
-            # If the caller alone was cancelled, what was asked goes on over there.
-            unfinished = waiter.cancelled()
-            self.waiter = asyncio.get_running_loop().create_future() if unfinished else None
+        """Wait for the message that ends what was asked; raise what the session fails with."""
+        while self.in_flight:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        reply, self._reply = self._reply, None
+        if reply is None:
+            raise again(self.failure or LocalProtocolError("nothing was asked of the cloud"))
+        return reply
+
+    def expect(self) -> None:
+        """Something is about to be asked."""
+        self.in_flight, self._reply = True, None
 
     def resolve(self, message: Message) -> None:
         """Hand the awaited message to whoever waits."""
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(message)
+        self._reply = message
+        self._end()
 
     def fail(self, error: PrivateLoRAError) -> None:
         """End the session: raise ``error`` in whoever waits."""
         self.failure = self.failure or error
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_exception(again(error))
-            self.waiter.exception()  # if nobody waits any more, asyncio has not to complain
+        self._end()
+
+    def _end(self) -> None:
+        self.in_flight = False
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 def again(error: PrivateLoRAError) -> PrivateLoRAError:

@@ -6,7 +6,7 @@ waited for: ``norm_input`` and ``project`` need nothing from the edge, ``finish`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from privatelora.partition.plan import Plan
 from privatelora.runtime.kv_cache import KVCache, attention_dtype
 from privatelora.runtime.rotary import Rotary, apply_rotary, inverse_frequencies, rotary
 
-Tensors = Mapping[str, torch.Tensor]
+Tensors = MutableMapping[str, torch.Tensor]
 
 # From this many rows on, float16 products on a CPU are computed in float32: processors without
 # float16 arithmetic convert one number at a time in a matrix-matrix product, but not in a
@@ -83,6 +83,7 @@ class DecoderLayer:
     ) -> None:
         """Take layer ``layer_idx`` from Hugging Face named ``tensors``.
 
+        Weights that are fused are taken out of ``tensors``, so that a model is never held twice.
         With a ``plan`` that adapts this layer, ``tensors`` also hold its ``lora_B``.
         """
         prefix = f"model.layers.{layer_idx}"
@@ -101,7 +102,7 @@ class DecoderLayer:
             return torch.cat(parts) if parts else None
 
         def required(*names: str) -> torch.Tensor:
-            return torch.cat([tensors[f"{name}.weight"] for name in names])
+            return torch.cat([tensors.pop(f"{name}.weight") for name in names])
 
         qkv = [f"{attention}.{name}_proj" for name in "qkv"]
         self.qkv_weight = required(*qkv)

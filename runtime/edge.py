@@ -31,11 +31,9 @@ class Edge:
         manifest = self.shard.manifest
         dtype = compute_dtype(config.dtype, manifest.dtype)
         device = torch.device("cpu")
-        self.matrices = _matrices(config, self.shard)
-        self.tensors = self.shard.load(device, dtype)
-        parts = EdgeParts(
-            manifest.config, manifest.plan, self.tensors, self.matrices, device, dtype
-        )
+        matrices = _matrices(config, self.shard)
+        tensors = self.shard.load(device, dtype)
+        parts = EdgeParts(manifest.config, manifest.plan, tensors, matrices, device, dtype)
         model_limit = manifest.config.max_positions
         self.model = SplitModel(
             parts,

@@ -66,7 +66,10 @@ class Engine:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """Build from Hugging Face named ``tensors`` on ``device``; no plan: the plain model."""
+        """Build from Hugging Face named ``tensors`` on ``device``; no plan: the plain model.
+
+        Weights that are fused are taken out of ``tensors``.
+        """
         self.config = config
         self.plan = plan
         self.layers = layers

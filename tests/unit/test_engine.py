@@ -68,7 +68,10 @@ def test_rotary_is_that_of_transformers(name: str) -> None:
 
 def brute_force_mask(position: int, n: int, window: int | None) -> torch.Tensor:
     rows = [
-        [column <= row and (window is None or row - column < window) for column in range(position + n)]
+        [
+            column <= row and (window is None or row - column < window)
+            for column in range(position + n)
+        ]
         for row in range(position, position + n)
     ]
     return torch.tensor(rows)
@@ -178,7 +181,12 @@ def test_without_matrices_the_model_is_the_base_model(options: dict[str, Any]) -
     ends = []
     for plan in (split.plan, None):
         engine = Engine(
-            split.config, plan, range(split.config.num_layers), split.tensors, CPU, torch.float32
+            split.config,
+            plan,
+            range(split.config.num_layers),
+            dict(split.tensors),
+            CPU,
+            torch.float32,
         )
         step = engine.begin(hidden_states, 0, engine.new_cache(len(PROMPT)))
         run_locally(engine, step, None)
@@ -190,7 +198,6 @@ def test_without_matrices_the_model_is_the_base_model(options: dict[str, Any]) -
 def test_replies_follow_the_formula(options: dict[str, Any]) -> None:
     split = world(**options)
     plan, matrices = split.plan, split.matrices()
-    assert matrices.num_parameters == plan.num_parameters
     for point in plan.points:
         z = torch.randn(5, plan.z_size, generator=torch.Generator().manual_seed(point.index))
         expected = []
@@ -210,7 +217,8 @@ def test_replies_follow_the_formula(options: dict[str, Any]) -> None:
 def test_linear_in_float16_is_as_exact_as_float16(num_rows: int, has_bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (
-        torch.randn(shape, generator=generator).half() for shape in ((num_rows, 64), (32, 64), (32,))
+        torch.randn(shape, generator=generator).half()
+        for shape in ((num_rows, 64), (32, 64), (32,))
     )
     found = linear(x, weight, bias if has_bias else None)
     exact = F.linear(x.double(), weight.double(), bias.double() if has_bias else None)
