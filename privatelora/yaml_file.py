@@ -32,7 +32,7 @@ def read_yaml(path: Path, model: type[Model]) -> Model:
         raise ConfigError(f"{path}: larger than {MAX_FILE_NBYTES} bytes, not a file of settings")
     try:
         values = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except Exception as error:  # a tag or a date with impossible text raises more than YAMLError
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
         raise ConfigError(f"{path}{where}: not valid YAML") from error
@@ -67,7 +67,8 @@ def explain(error: ValidationError, model: type[BaseModel] | None = None) -> str
 
 def _unknown_key(location: list[str], model: type[BaseModel]) -> str:
     for part in location[:-1]:
-        model = _inner_model(model.model_fields[part].annotation) or model
+        field = model.model_fields.get(part)  # none for an index into a list
+        model = (field and _inner_model(field.annotation)) or model
     known = list(model.model_fields)
     close = difflib.get_close_matches(location[-1], known, n=2)
     hint = f"did you mean {' or '.join(close)}?" if close else f"known keys: {', '.join(known)}"
@@ -75,5 +76,9 @@ def _unknown_key(location: list[str], model: type[BaseModel]) -> str:
 
 
 def _inner_model(annotation: Any) -> type[BaseModel] | None:
-    candidates = (annotation, *get_args(annotation))
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+    """The model in an annotation, also as ``X | None`` or ``list[X]``."""
+    arguments = get_args(annotation)
+    if not arguments:
+        is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        return annotation if is_model else None
+    return next((model for part in arguments if (model := _inner_model(part))), None)

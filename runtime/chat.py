@@ -52,7 +52,14 @@ class TextModel:
         return self.encode_prompt(str(text), add_special_tokens=False)
 
     def encode_prompt(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Tokens of plain text to be continued."""
+        """Tokens of plain text to be continued. RequestError if it is not what Unicode calls text."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"the prompt is not valid Unicode at character {error.start + 1}: send UTF-8, and "
+                "no halves of surrogate pairs"
+            ) from error
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     def stream(

@@ -12,6 +12,7 @@ from privatelora.yaml_file import read_yaml
 
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
 CodecName = Literal["fp32", "fp16", "bf16"]
+DEVICE_PATTERN = r"^(cpu|cuda(:\d{1,2})?)$"
 
 
 def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
@@ -35,7 +36,7 @@ class CloudConfig(_Settings):
     """Address to listen on, such as ``tcp://127.0.0.1:18230``."""
     shard: ConfigPath
     """The ``cloud`` folder that ``privatelora partition`` wrote."""
-    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
+    device: str = Field(default="cpu", pattern=DEVICE_PATTERN)
     dtype: DtypeName = "auto"
     """Compute dtype; ``auto`` is the shard's."""
     num_threads: int | None = Field(default=None, gt=0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from privatelora.errors import ConfigError
-from privatelora.runtime.config import DtypeName
+from privatelora.runtime.config import DEVICE_PATTERN, DtypeName
 
 
 def compute_dtype(name: DtypeName, stored: str) -> torch.dtype:
@@ -17,7 +19,9 @@ def compute_dtype(name: DtypeName, stored: str) -> torch.dtype:
 
 
 def compute_device(name: str) -> torch.device:
-    """The device to compute on; ConfigError if this machine has none such."""
+    """The device to compute on; ConfigError if there is no such device, at all or here."""
+    if not re.fullmatch(DEVICE_PATTERN, name):
+        raise ConfigError(f"device {name!r}: choose cpu, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available():

@@ -104,7 +104,7 @@ class LineService:
                 {**self._defaults.model_dump(), **request.sampling}
             )
         except ValidationError as error:
-            raise RequestError(f"sampling.{explain(error, SamplingParams)}") from error
+            raise RequestError(f"sampling: {explain(error, SamplingParams)}") from error
 
     def _prompt_ids(self, request: LineRequest) -> list[int]:
         if request.prompt is not None:
@@ -121,8 +121,10 @@ def _parse(line: str) -> LineRequest:
     if len(line) > MAX_LINE_CHARS:
         raise RequestError(f"a request line may have {MAX_LINE_CHARS} characters at most")
     try:
-        return LineRequest.model_validate(json.loads(line))
-    except (json.JSONDecodeError, RecursionError) as error:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:  # a number with too many digits: ValueError
         raise RequestError(f"not a line of JSON: {error}") from error
+    try:
+        return LineRequest.model_validate(values)
     except ValidationError as error:
         raise RequestError(explain(error, LineRequest)) from error

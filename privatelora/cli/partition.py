@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import shlex
 from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from privatelora.cli._app import format_nbytes, print_fields, print_json
+from privatelora.cli._app import Dtype, format_nbytes, print_fields, print_json
 from privatelora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,15 +26,6 @@ privatelora partition ./SmolLM2-135M-Instruct shards --every 6 --rank-up 32 --ra
 
 privatelora partition model.gguf shards --plan plan.yaml --edge-first 1
 """
-
-
-class Dtype(StrEnum):
-    """What the shards are stored in."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
 
 
 def register(app: typer.Typer) -> None:
