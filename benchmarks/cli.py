@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from privatelora.cli._app import run
+from privatelora.cli._app import check_writable, run
 from privatelora.errors import ConfigError
 
 app = typer.Typer(
@@ -52,6 +52,7 @@ def overhead(
         measure_overhead,
     )
 
+    check_writable(json_file)
     try:
         arrangements = tuple(int(text) for text in every.split(","))
     except ValueError as error:

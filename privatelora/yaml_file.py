@@ -57,7 +57,7 @@ def explain(error: ValidationError, model: type[BaseModel] | None = None) -> str
         return _unknown_key([str(part) for part in location], model)
     field = location[:1]
     reasons = [
-        problem["msg"].removeprefix("Value error, ")
+        problem["msg"].removeprefix("Value error, ").removesuffix(" for <class 'pathlib.Path'>")
         for problem in problems
         if problem["loc"][:1] == field
     ]

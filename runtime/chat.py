@@ -52,7 +52,7 @@ class TextModel:
         return self.encode_prompt(str(text), add_special_tokens=False)
 
     def encode_prompt(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Tokens of plain text to be continued. RequestError if it is not what Unicode calls text."""
+        """Tokens of plain text to be continued; RequestError if it is not valid Unicode."""
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -96,6 +96,10 @@ async def open_link(settings: LinkSettings, fingerprints: Fingerprints) -> Cloud
                 f"{settings.address} accepted the connection and said nothing for "
                 f"{settings.connect_timeout_s:g} s; is it a PrivateLoRA cloud?"
             ) from error
+        except ConnectionClosed as error:
+            raise ConnectionClosed(
+                f"{error} without a greeting; is it a PrivateLoRA cloud? Its log may say more"
+            ) from error
         if isinstance(theirs, ErrorReply):
             raise exception_from(theirs)
         if not isinstance(theirs, Hello):

@@ -50,6 +50,7 @@ from privatelora.transports.base import Connection
 logger = logging.getLogger(__name__)
 
 HELLO_TIMEOUT_S = 10.0
+GOODBYE_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class CloudService:
             logger.info("%s left: %s", connection.peer, error)
         except (ProtocolError, PartitionError, TransportError, AuthError) as error:
             logger.warning("%s refused: %s", connection.peer, error)
+            peer.close_all()
             await peer.say_goodbye(error)
         finally:
             peer.close_all()
@@ -194,8 +196,9 @@ class _Peer:
     async def say_goodbye(self, error: PrivateLoRAError) -> None:
         """Tell the edge why the connection ends, as far as it still can be told."""
         try:
-            await self._send(error_reply(error))
-        except (TransportError, ProtocolError):
+            async with asyncio.timeout(GOODBYE_TIMEOUT_S):
+                await self._send(error_reply(error))
+        except (TimeoutError, TransportError, ProtocolError):
             self._connection.abort()
 
     def close_all(self) -> None:

@@ -46,7 +46,7 @@ class CloudConfig(_Settings):
     """Longest sequence offered, bounded by the model's context."""
     max_cached_positions: int = Field(default=131072, gt=0)
     """KV cache positions reserved over all sessions; beyond it new sessions are refused."""
-    max_frame_mib: int = Field(default=64, gt=0, le=4096)
+    max_frame_mib: int = Field(default=64, gt=0, le=4095)
     spin_us: int = Field(default=0, ge=0, le=10_000)
     """Look for the next frame this long before sleeping: faster on one machine or a fast LAN,
     for a core kept busy while answers are generated."""
@@ -78,10 +78,10 @@ class EdgeConfig(_Settings):
     system_prompt: str | None = None
     sampling: SamplingParams = SamplingParams()
     """Defaults that a request may override."""
-    connect_timeout_s: float = Field(default=10.0, gt=0)
-    step_timeout_s: float = Field(default=120.0, gt=0)
+    connect_timeout_s: float = Field(default=10.0, gt=0, allow_inf_nan=False)
+    step_timeout_s: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     """Longest wait for one answer of the cloud."""
-    max_frame_mib: int = Field(default=64, gt=0, le=4096)
+    max_frame_mib: int = Field(default=64, gt=0, le=4095)
     spin_us: int = Field(default=0, ge=0, le=10_000)
     """As the cloud's."""
 

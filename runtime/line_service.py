@@ -76,8 +76,9 @@ class LineService:
     async def _answer(self, line: str, emit: Callable[[dict[str, Any]], None]) -> None:
         tag: dict[str, Any] = {}
         try:
-            request = _parse(line)
-            tag = {} if request.id is None else {"id": request.id}
+            values = _read(line)
+            tag = _tag(values)
+            request = _checked(values)
             params = self._params(request)
             prompt_ids = self._prompt_ids(request)
             stats = GenerationStats()
@@ -117,13 +118,22 @@ class LineService:
         return self._text.encode_chat(messages)
 
 
-def _parse(line: str) -> LineRequest:
+def _read(line: str) -> Any:
     if len(line) > MAX_LINE_CHARS:
         raise RequestError(f"a request line may have {MAX_LINE_CHARS} characters at most")
     try:
-        values = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError) as error:  # a number with too many digits: ValueError
         raise RequestError(f"not a line of JSON: {error}") from error
+
+
+def _tag(values: Any) -> dict[str, Any]:
+    """What marks the events of a request as its own, even if the request is refused."""
+    tag = values.get("id") if isinstance(values, dict) else None
+    return {"id": tag} if isinstance(tag, str | int) else {}
+
+
+def _checked(values: Any) -> LineRequest:
     try:
         return LineRequest.model_validate(values)
     except ValidationError as error:

@@ -47,7 +47,7 @@ def oversized(nbytes: int, max_frame_nbytes: int, peer: str) -> RemoteProtocolEr
     """The error for an incoming frame above the limit."""
     return RemoteProtocolError(
         f"{peer} sent a frame of {nbytes} bytes, over this end's limit of {max_frame_nbytes}; "
-        "raise max_frame_nbytes here or let the peer send less at once"
+        "raise the limit here or let the peer send less at once"
     )
 
 

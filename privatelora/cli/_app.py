@@ -8,10 +8,11 @@ import logging
 import os
 import sys
 from enum import StrEnum
+from pathlib import Path
 
 import typer
 
-from privatelora.errors import PrivateLoRAError
+from privatelora.errors import ConfigError, PrivateLoRAError
 
 # How long an idle worker thread of a tensor product spins before it sleeps (GNU OpenMP, which
 # torch uses on Linux). Its own choice, about a millisecond, starves whatever else has work on
@@ -61,6 +62,15 @@ def tolerate_encodings() -> None:
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
         if isinstance(stream, io.TextIOWrapper):  # a program that runs us may have put another
             stream.reconfigure(errors=errors)
+
+
+def check_writable(file: Path | None) -> None:
+    """Raise ConfigError if ``file`` could not be written: before the work, not after it."""
+    if file is not None:
+        try:
+            file.open("a").close()
+        except OSError as error:
+            raise ConfigError(f"cannot write {file}: {error.strerror}") from error
 
 
 def print_json(value: object) -> None:

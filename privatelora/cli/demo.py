@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from privatelora.cli._app import check_writable
 from privatelora.cli._daemons import Daemon
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def demo(
     ] = None,
 ) -> None:
     """Run a model split over two processes on this machine and show what it takes."""
+    check_writable(json_file)
     console = Console(highlight=False)
     place = directory / f"every-{every}"
     prepared = _prepare(model, place, every, console)
@@ -93,6 +95,7 @@ def _prepare(model: str, place: Path, every: int, console: Console) -> dict[str,
     from privatelora.errors import PartitionError
     from privatelora.partition.adapter import init_adapter, save_adapter
     from privatelora.partition.checkpoint import open_checkpoint
+    from privatelora.partition.files import os_errors
     from privatelora.partition.plan_file import make_plan
     from privatelora.partition.shard import open_shard
     from privatelora.partition.split import make_basis, natural_dtype, partition_checkpoint
@@ -106,7 +109,8 @@ def _prepare(model: str, place: Path, every: int, console: Console) -> dict[str,
         console.print(f"Using the shards in {shards}.")
     except (OSError, PartitionError):
         started = time.perf_counter()
-        place.mkdir(parents=True, exist_ok=True)
+        with os_errors(f"write {place}"):
+            place.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(shards, ignore_errors=True)
         with open_checkpoint(model) as checkpoint, show_progress() as progress:
             plan = make_plan(checkpoint.config, every=every)

@@ -40,7 +40,7 @@ def check_hello(ours: Hello, theirs: Hello) -> Agreement:
             f"both ends are {ours.role}: connect an edge to a cloud; check the address"
         )
     differing = [
-        f"{what} (here {mine[:12]}, there {other[:12]}): {_WHAT_TO_DO[what]}"
+        f"{what} ({ours.role} {mine[:12]}, {theirs.role} {other[:12]}): {_WHAT_TO_DO[what]}"
         for what, mine, other in (
             ("model", ours.fingerprints.model, theirs.fingerprints.model),
             ("plan", ours.fingerprints.plan, theirs.fingerprints.plan),
@@ -49,7 +49,8 @@ def check_hello(ours: Hello, theirs: Hello) -> Agreement:
         if mine != other
     ]
     if differing:
-        raise PartitionError(f"this end and the {theirs.role} differ in " + "; in ".join(differing))
+        # Read at either end, so "here" would mislead.
+        raise PartitionError(f"{ours.role} and {theirs.role} differ in " + "; in ".join(differing))
     codec = next((name for name in ours.codecs if name in theirs.codecs), None)
     if codec is None:
         raise RemoteProtocolError(

@@ -20,7 +20,7 @@ FP32 = PayloadConfig(hidden_states="fp32", exchange="fp32")
 PROMPT = [1, *range(20, 58)]
 NUM_TOKENS = 32
 
-ARRANGEMENTS = {
+ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "per-layer": {"every": 1},
     "every-2": {"every": 2},
     "every-all": {"every": "all"},
@@ -78,6 +78,6 @@ async def assert_equal_over(address: str, deployment: Deployment, reference: Any
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_split_equals_transformers(family: str, arrangement: str, tmp_path: Path) -> None:
-    options = {"rank_up": 8, "rank_down": 8, **ARRANGEMENTS[arrangement]}
+    options: dict[str, Any] = {"rank_up": 8, "rank_down": 8, **ARRANGEMENTS[arrangement]}
     deployment, reference = tiny_deployment(family, tmp_path, **options)
     await assert_equal_over(f"inproc://{family}-{arrangement}", deployment, reference)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import torch
 
+from privatelora.errors import ConnectionClosed
 from privatelora.runtime.payload.codec import CODEC_NAMES
 from privatelora.runtime.tensors import pack, unpack
 from privatelora.runtime.wire.messages import (
@@ -60,6 +62,12 @@ class RawPeer:
             if isinstance(message, ErrorReply):
                 return message
 
+    async def listen_on(self) -> None:
+        """Take in what the peer still says, until it has gone."""
+        with contextlib.suppress(ConnectionClosed):
+            while True:
+                await self.connection.recv()
+
 
 class RawEdge(RawPeer):
     """An edge of ``world`` that has greeted; it answers exchanges only when told to."""
@@ -73,9 +81,7 @@ class RawEdge(RawPeer):
         await self.say(OpenSession(session_id, max_positions, "fp32", "fp32"))
         await self.hear(SessionOpened)
 
-    def begin(
-        self, session_id: int, step_id: int, position: int, tokens: list[int]
-    ) -> StepBegin:
+    def begin(self, session_id: int, step_id: int, position: int, tokens: list[int]) -> StepBegin:
         """The step as it should be, for plans whose first exchange point is folded."""
         plan, point = self.world.plan, self.world.plan.folded_point
         assert point is not None
@@ -98,9 +104,7 @@ class RawEdge(RawPeer):
     def answer(self, request: ExchangeRequest) -> ExchangeReply:
         point = self.world.plan.points[request.point]
         y = self._matrices.reply(point, unpack(request.z, CPU, torch.float32))
-        return ExchangeReply(
-            request.session_id, request.step_id, request.point, pack(y, "fp32")
-        )
+        return ExchangeReply(request.session_id, request.step_id, request.point, pack(y, "fp32"))
 
     def logits(self, hidden_states: TensorPayload) -> torch.Tensor:
         return self.world.ends().logits(unpack(hidden_states, CPU, torch.float32))
@@ -129,9 +133,7 @@ def raw_cloud(script: Callable[[RawCloud], Coroutine[Any, Any, None]]) -> Handle
     async def handle(connection: Connection) -> None:
         cloud = RawCloud(connection)
         await cloud.hear(Hello)
-        await cloud.say(
-            Hello(Role.CLOUD, "raw cloud", PRINTS, CODEC_NAMES, 2**20, 128, 8)
-        )
+        await cloud.say(Hello(Role.CLOUD, "raw cloud", PRINTS, CODEC_NAMES, 2**20, 128, 8))
         await script(cloud)
 
     return handle

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from transformers.generation.logits_process import (
@@ -180,6 +180,7 @@ def test_the_defaults_are_greedy() -> None:
     assert (params.temperature, params.repetition_penalty, params.stop) == (0.0, 1.0, ())
 
 
+@settings(deadline=None)
 @given(
     params=st.builds(
         SamplingParams,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -45,7 +45,7 @@ class World:
     config: DecoderConfig
     plan: Plan
     tensors: Mapping[str, torch.Tensor]
-    """Frozen weights and basis, both sides'."""
+    """Frozen weights and basis, both sides'; an engine gets a dict of its own to take from."""
     weights: Mapping[tuple[int, Target], torch.Tensor]
 
     def shard(self, role: ShardRole) -> dict[str, torch.Tensor]:
@@ -55,7 +55,7 @@ class World:
         return PrivateMatrices(self.plan, self.weights)
 
     def ends(self) -> Ends:
-        return Ends(self.config, self.tensors)
+        return Ends(self.config, dict(self.tensors))
 
     def engine(
         self,
@@ -105,14 +105,6 @@ class World:
             max_step_positions,
         )
 
-    def scaled(self, **factors: float) -> World:
-        """The same with tensors whose names contain a key multiplied."""
-
-        def factor(name: str) -> float:
-            return next((f for key, f in factors.items() if key in name), 1.0)
-
-        return replace(self, tensors={n: t * factor(n) for n, t in self.tensors.items()})
-
 
 @cache
 def world(family: str = "llama", **plan_options: Any) -> World:
@@ -132,10 +124,10 @@ BOTH_BORDERS: dict[str, Any] = {"every": 2, "edge_first": 1, "edge_last": 1}
 
 
 @asynccontextmanager
-async def serving(handler: Handler) -> AsyncIterator[str]:
+async def serving(handler: Handler, limits: Limits | None = None) -> AsyncIterator[str]:
     """An address at which ``handler`` gets every connection."""
     name = f"inproc://unit-{next(_numbers)}"
-    async with await listen(name, handler, Limits(close_timeout_s=1.0)) as listener:
+    async with await listen(name, handler, limits or Limits()) as listener:
         yield listener.address
 
 

