@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors.torch import save_file
@@ -49,20 +49,29 @@ class Seen(NamedTuple):
 
 
 class Bench:
-    """A tiny model, its shards and a cloud that serves them, for all cases."""
+    """A tiny model, its shards and, as a context, a cloud that serves them, for all cases."""
+
+    cloud: Process
+    address: str
 
     def __init__(self, directory: Path, commands: Commands) -> None:
         self.directory = directory
         self.commands = commands
         self.model = save_tiny("llama", directory / "model")
         self.good = self._split("good", self.model)
-        self.cloud = Process(SERVE, self.good.cloud_yaml("bench.yaml", max_frame_mib=1))
-        self.address = self.cloud.read_ready()
         self._num_cases = 0
+        self._ending = contextlib.ExitStack()
 
-    def close(self) -> None:
-        """End the cloud."""
-        with self.cloud:
+    def __enter__(self) -> Self:
+        config = self.good.cloud_yaml("bench.yaml", max_frame_mib=1)
+        with contextlib.ExitStack() as stack:
+            self.cloud = stack.enter_context(Process(SERVE, config))
+            self.address = self.cloud.read_ready()
+            self._ending = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with self._ending:
             self.cloud.terminate()
             assert self.cloud.wait() == 0, self.cloud.stderr
 
@@ -139,8 +148,7 @@ class Bench:
         """
         before = len(self.cloud.stderr)
         received = b""
-        host, _, port = self.address.removeprefix("tcp://").rpartition(":")
-        with socket.create_connection((host, int(port)), PATIENCE_S) as connection:
+        with self.connect() as connection:
             connection.sendall(sent)
             with contextlib.suppress(ConnectionResetError):
                 while data := connection.recv(65536):
@@ -151,14 +159,23 @@ class Bench:
             message = decode(memoryview(received)[TRANSPORT_HEADER.size :], WireLimits())
             assert isinstance(message, ErrorReply)
             assert message.code is reply
-        good = self.commands.run(EDGE, self.good.edge_yaml(self.address), stdin=REQUEST)
-        assert (good.code, good.err) == (0, "")
-        assert '"event": "done"' in good.out
-        assert self.cloud.is_running
+        self.serve_good_edge()
         log = self.cloud.stderr[before:]
         lines = [line.split(" ", 2)[2] for line in log.splitlines()]
         assert len(lines) == 1, log
         return Seen("privatelora-serve", None, self._short(lines[0]))
+
+    def connect(self) -> socket.socket:
+        """A bare connection to the cloud."""
+        host, _, port = self.address.removeprefix("tcp://").rpartition(":")
+        return socket.create_connection((host, int(port)), PATIENCE_S)
+
+    def serve_good_edge(self) -> None:
+        """An edge as it should be gets its answer."""
+        result = self.commands.run(EDGE, self.good.edge_yaml(self.address), stdin=REQUEST)
+        assert (result.code, result.err) == (0, "")
+        assert '"event": "done"' in result.out
+        assert self.cloud.is_running
 
     def seen(self, program: str, result: Result) -> Seen:
         """What a command left, which must be one line on standard error."""
@@ -589,8 +606,8 @@ def impostor(*replies: bytes) -> Iterator[str]:
             connection.recv(65536)
             for reply in replies:
                 connection.sendall(reply)
-            connection.shutdown(socket.SHUT_WR)
-            with contextlib.suppress(ConnectionResetError):
+            with contextlib.suppress(OSError):  # the edge may have left
+                connection.shutdown(socket.SHUT_WR)
                 while connection.recv(65536):
                     pass
 

@@ -13,16 +13,16 @@ def main() -> None:
     """Print a Markdown table as the cases run."""
     print("| input | program | exit | what it prints |")
     print("|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as directory, Commands() as commands:
-        bench = Bench(Path(directory), commands)
-        try:
-            for case in CASES:
-                program, code, line = case.run(bench)
-                status = "lives on" if code is None else str(code)
-                line = line.replace("|", "\\|")
-                print(f"| {case.name} | {program} | {status} | {line} |", flush=True)
-        finally:
-            bench.close()
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        Commands() as commands,
+        Bench(Path(directory), commands) as bench,
+    ):
+        for case in CASES:
+            program, code, line = case.run(bench)
+            status = "lives on" if code is None else str(code)
+            cells = (case.name, program, status, line)
+            print("|", " | ".join(cell.replace("|", "\\|") for cell in cells), "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,17 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.bad_input import CASES, Bench, Case
+from privatelora.runtime.wire.messages import Role
+from tests.e2e.bad_input import CASES, TOO_LARGE, Bench, Case, hello
 from tests.e2e.processes import Commands
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory, commands: Commands) -> Iterator[Bench]:
-    made = Bench(tmp_path_factory.mktemp("bad-input"), commands)
-    try:
+    with Bench(tmp_path_factory.mktemp("bad-input"), commands) as made:
         yield made
-    finally:
-        made.close()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -29,3 +27,14 @@ def test_bad_input_gets_one_clear_line(bench: Bench, case: Case) -> None:
         assert code == 1, program
         assert line.startswith("error: ")
         assert line.count("error: ") == 1
+
+
+def test_peers_that_stop_in_the_middle_hinder_nobody(bench: Bench) -> None:
+    """Silent from the start, within a header, and within a first message."""
+    before = bench.cloud.stderr
+    with bench.connect(), bench.connect() as in_header, bench.connect() as in_message:
+        in_header.sendall(TOO_LARGE[:5])
+        in_message.sendall(hello(Role.EDGE)[:-7])
+        bench.serve_good_edge()
+    bench.serve_good_edge()
+    assert bench.cloud.stderr == before

@@ -19,7 +19,7 @@ from privatelora.runtime.generation import GenerationStats
 from privatelora.runtime.sampling_params import SamplingParams
 from privatelora.runtime.text import TextStream
 from tests.e2e.deployment import Deployment, tiny_deployment
-from tests.e2e.processes import EDGE, PATIENCE_S, SERVE, Commands, Process
+from tests.e2e.processes import EDGE, MAIN, PATIENCE_S, SERVE, Commands, Process
 from tests.e2e.reference import greedy_with_logits
 from tests.e2e.test_equality import FP32, NUM_TOKENS, PROMPT, follow
 from tests.partition.tiny import tiny_tokenizer
@@ -28,7 +28,7 @@ NUM_ROUND_TRIPS = 4
 """One a layer: the first point is folded into the step itself."""
 
 QUESTION = {"prompt": "How many apples has she?"}
-LONG = {"max_tokens": 3000, "ignore_eos": True}
+LONG = {**QUESTION, "sampling": {"max_tokens": 4000, "ignore_eos": True}}
 """An answer of several seconds."""
 
 
@@ -217,6 +217,24 @@ def test_every_request_before_the_end_of_input_is_answered(
         assert (f'"id": {number}' in line) == (number is not None)
 
 
+def test_chat_in_a_terminal(world: World, address: str, commands: Commands) -> None:
+    config = world.deployment.edge_yaml(address, "chat.yaml", sampling={"max_tokens": 8})
+    result = commands.run(
+        MAIN, "chat", config, stdin="How many?\n\n" + "letters " * 2000 + "\nHi\n"
+    )
+    assert result.code == 0, result.err
+    figures, error, more_figures = filter(None, result.err.splitlines())
+    assert "8 tokens · first after" in figures
+    assert "no room is left for an answer; shorten the prompt" in error
+    assert error.startswith("error: the prompt has ")
+    assert "tokens/s" in more_figures
+    messages = [{"role": "user", "content": "How many?"}]
+    prompt_ids = tiny_tokenizer().apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
+    assert result.out.startswith(world.greedy(prompt_ids, 8))
+
+
 def test_the_cloud_survives_an_edge_that_is_killed(world: World) -> None:
     """Its only session is held by an edge that dies in the middle of an answer."""
     deployment = world.deployment
@@ -224,12 +242,14 @@ def test_the_cloud_survives_an_edge_that_is_killed(world: World) -> None:
         cloud = stack.enter_context(
             Process(SERVE, deployment.cloud_yaml("one-session.yaml", max_sessions=1))
         )
-        config = deployment.edge_yaml(cloud.read_ready(), "one-session-edge.yaml")
+        config = deployment.edge_yaml(
+            cloud.read_ready(), "one-session-edge.yaml", max_positions=4096
+        )
         first, second = (stack.enter_context(Process(EDGE, config)) for _ in range(2))
         for edge in (first, second):
             assert edge.read_event()["event"] == "ready"
 
-        first.write({**QUESTION, "sampling": LONG | {"max_tokens": 1900}})
+        first.write(LONG)
         assert first.read_event()["event"] == "text"
         _, refused = second.ask(QUESTION)
         assert refused["kind"] == "CapacityError"
@@ -245,7 +265,7 @@ def test_the_cloud_survives_an_edge_that_is_killed(world: World) -> None:
             assert time.monotonic() < deadline
         assert answer["text"] == world.greedy(tiny_tokenizer().encode(QUESTION["prompt"]), 20)
 
-        second.write({**QUESTION, "sampling": LONG | {"max_tokens": 1900}})
+        second.write(LONG)
         assert second.read_event()["event"] == "text"
         ends_well(second)
         assert not [line for line in second.read_rest() if '"done"' in line]
@@ -258,11 +278,11 @@ def test_an_edge_outlives_its_cloud(world: World) -> None:
     with ExitStack() as stack:
         cloud = stack.enter_context(Process(SERVE, deployment.cloud_yaml("leaving.yaml")))
         address = cloud.read_ready()
-        config = deployment.edge_yaml(address, "staying.yaml")
+        config = deployment.edge_yaml(address, "staying.yaml", max_positions=4096)
         edge = stack.enter_context(Process(EDGE, config))
         assert edge.read_event()["event"] == "ready"
 
-        edge.write({**QUESTION, "sampling": LONG | {"max_tokens": 1900}})
+        edge.write(LONG)
         assert edge.read_event()["event"] == "text"
         ends_well(cloud)
         _, lost = edge.read_answer()
