@@ -138,14 +138,14 @@ def check_adapter(
         )
     if adapter.basis_fingerprint != basis_fingerprint:
         raise PartitionError(
-            f"{path} was made for basis {adapter.basis_fingerprint[:12]}, the shard has "
-            f"{basis_fingerprint[:12]}; partition the model with the adapter's basis, or use "
-            "another adapter"
+            f"{path} was made for basis {adapter.basis_fingerprint[:12]}, here is "
+            f"{basis_fingerprint[:12]}; give the adapter's own with --basis (to partition, or to "
+            "generate without shards), or use another adapter"
         )
     if adapter.model_fingerprint not in (None, model_fingerprint):
         raise PartitionError(
-            f"{path} was made for model {str(adapter.model_fingerprint)[:12]}, the shard is of "
-            f"{model_fingerprint[:12]}; use the shards of that model, or another adapter"
+            f"{path} was made for model {str(adapter.model_fingerprint)[:12]}, here is "
+            f"{model_fingerprint[:12]}; use that model, or another adapter"
         )
 
 

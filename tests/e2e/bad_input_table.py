@@ -5,7 +5,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from tests.e2e.bad_input import CASES, Bench
+from tests.e2e.bad_input import CASES
+from tests.e2e.bad_input_bench import Bench
 from tests.e2e.processes import Commands
 
 

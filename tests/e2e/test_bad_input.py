@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from privatelora.runtime.wire.messages import Role
-from tests.e2e.bad_input import CASES, TOO_LARGE, Bench, Case, hello
+from tests.e2e.bad_input import CASES
+from tests.e2e.bad_input_bench import Bench, Case
+from tests.e2e.bad_peers import TOO_LARGE, hello
 from tests.e2e.processes import Commands
 
 

@@ -156,9 +156,9 @@ def test_another_arrangement_is_refused(
 
 def test_another_basis_or_model_is_refused(tmp_path: Path) -> None:
     make(tmp_path / "adapter")
-    with pytest.raises(PartitionError, match="made for basis bbbbbbbbbbbb, the shard has cccccccc"):
+    with pytest.raises(PartitionError, match="made for basis bbbbbbbbbbbb, here is cccccccc"):
         load_adapter(tmp_path / "adapter", PLAN, "c" * 64, MODEL)
-    with pytest.raises(PartitionError, match="made for model eeeeeeeeeeee, the shard is of cccccc"):
+    with pytest.raises(PartitionError, match="made for model eeeeeeeeeeee, here is cccccc"):
         load_adapter(tmp_path / "adapter", PLAN, BASIS, "c" * 64)
 
 
