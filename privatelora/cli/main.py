@@ -13,6 +13,7 @@ from privatelora.cli._app import run
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,
     help="Run a language model in the cloud with personal parameters that stay on your device.",
 )
 

@@ -10,7 +10,7 @@ import typer
 
 from privatelora.cli._app import run, set_up_logging
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 EXAMPLE = "Example: privatelora-serve configs/cloud-loopback.yaml"
 
