@@ -15,7 +15,10 @@ from privatelora.cli._app import check_writable, run
 from privatelora.errors import ConfigError
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Measure the runtime on this machine."
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Measure the runtime on this machine.",
 )
 
 
