@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from privatelora.partition.basis import lora_b_name
 from privatelora.partition.models.config import DecoderConfig
+from privatelora.partition.models.families import layer_prefix
 from privatelora.partition.plan import Plan
 from privatelora.runtime.kv_cache import KVCache, attention_dtype
 from privatelora.runtime.rotary import Rotary, apply_rotary, inverse_frequencies, rotary
@@ -86,12 +88,12 @@ class DecoderLayer:
         Weights that are fused are taken out of ``tensors``, so that a model is never held twice.
         With a ``plan`` that adapts this layer, ``tensors`` also hold its ``lora_B``.
         """
-        prefix = f"model.layers.{layer_idx}"
-        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        prefix = layer_prefix(layer_idx)
+        attention, mlp = f"{prefix}self_attn", f"{prefix}mlp"
         self.config = config
         self.layer_idx = layer_idx
-        self.input_norm = tensors[f"{prefix}.input_layernorm.weight"]
-        self.post_norm = tensors[f"{prefix}.post_attention_layernorm.weight"]
+        self.input_norm = tensors[f"{prefix}input_layernorm.weight"]
+        self.post_norm = tensors[f"{prefix}post_attention_layernorm.weight"]
         self.q_norm, self.k_norm = (
             None if norm is None else norm.to(attention_dtype(norm.device, norm.dtype))
             for norm in (tensors.get(f"{attention}.{name}_norm.weight") for name in "qk")
@@ -124,7 +126,7 @@ class DecoderLayer:
             for index, target in enumerate(plan.targets):
                 rows = slice(starts[target], starts[target] + config.projection_size(target))
                 columns = slice(index * plan.rank_down, (index + 1) * plan.rank_down)
-                lora_b = tensors[f"{attention}.{target}_proj.lora_B.weight"] * plan.scaling
+                lora_b = tensors[lora_b_name(layer_idx, target)] * plan.scaling
                 self.lora_B.append((rows, columns, lora_b))
 
     def norm_input(self, hidden_states: torch.Tensor) -> torch.Tensor:

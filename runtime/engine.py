@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
+from privatelora.partition.basis import lora_a_name
 from privatelora.partition.models.config import DecoderConfig
 from privatelora.partition.plan import ExchangePoint, Plan
 from privatelora.runtime.decoder import (
@@ -79,7 +80,7 @@ class Engine:
         self._adapted = frozenset(plan.layers) if plan is not None else frozenset[int]()
         self._points: dict[int, tuple[ExchangePoint, torch.Tensor]] = {}
         for point in plan.points if plan is not None else ():
-            name = f"points.{point.index}.lora_A.weight"
+            name = lora_a_name(point)
             if point.layer in layers and name in tensors:
                 self._points[point.layer] = (point, tensors[name])
         self._frequencies = decoder_frequencies(config, device)

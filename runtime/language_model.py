@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from privatelora.errors import RequestError
 from privatelora.partition.models.config import DecoderConfig
+from privatelora.partition.models.families import EMBED_TOKENS, FINAL_NORM, LM_HEAD
 from privatelora.runtime.decoder import Tensors, linear
 from privatelora.runtime.engine import Engine
 from privatelora.runtime.exchange import PrivateMatrices, run_locally
@@ -75,10 +76,10 @@ class Ends:
     def __init__(self, config: DecoderConfig, tensors: Tensors) -> None:
         """Take ``model.embed_tokens``, ``model.norm`` and, unless tied, ``lm_head``."""
         self._config = config
-        self.embed_tokens = tensors["model.embed_tokens.weight"]
-        self._norm = tensors["model.norm.weight"]
+        self.embed_tokens = tensors[EMBED_TOKENS]
+        self._norm = tensors[FINAL_NORM]
         tied = config.tie_word_embeddings
-        self.lm_head = self.embed_tokens if tied else tensors["lm_head.weight"]
+        self.lm_head = self.embed_tokens if tied else tensors[LM_HEAD]
 
     @torch.inference_mode()
     def embed(self, token_ids: Seq[int]) -> torch.Tensor:

@@ -11,6 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from privatelora.errors import ConnectionClosed, RemoteProtocolError, RequestError
+from privatelora.partition.basis import lora_a_name
+from privatelora.partition.layout import folded_norm_name
 from privatelora.partition.models.config import DecoderConfig
 from privatelora.partition.plan import Plan
 from privatelora.runtime.cloud_link import CloudLink, LinkSession, LinkSettings, open_link
@@ -61,10 +63,10 @@ class EdgeParts:
             point.index: len(plan.span_in(point, plan.cloud_layers)) for point in plan.wire_points
         }
         """How many of a span's layers the cloud has, by the index of each point it may ask for."""
-        if plan.folded_point is not None:
-            layer = plan.folded_point.layer
-            self._folded_norm = tensors[f"model.layers.{layer}.input_layernorm.weight"]
-            self._folded_a = tensors[f"points.{plan.folded_point.index}.lora_A.weight"]
+        norm_name = folded_norm_name(plan)
+        if plan.folded_point is not None and norm_name is not None:
+            self._folded_norm = tensors[norm_name]
+            self._folded_a = tensors[lora_a_name(plan.folded_point)]
 
     @torch.inference_mode()
     def fold(self, hidden_states: torch.Tensor, y: dict[int, torch.Tensor]) -> None:
