@@ -47,6 +47,7 @@ from privatelora.runtime.wire.messages import (
 from privatelora.runtime.wire.prelude import WireLimits
 from privatelora.runtime.wire.state import WireConnection
 from privatelora.transports.base import Connection, Limits
+from privatelora.transports.flow import again
 from privatelora.transports.registry import connect
 
 logger = logging.getLogger(__name__)
@@ -342,8 +343,3 @@ class LinkSession:
         self.in_flight = False
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-
-
-def again(error: PrivateLoRAError) -> PrivateLoRAError:
-    """A fresh copy of ``error``: one instance raised in several tasks would mix tracebacks."""
-    return type(error)(*error.args)

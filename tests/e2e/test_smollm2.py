@@ -44,17 +44,8 @@ except metadata.PackageNotFoundError:
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for a processor someone else uses make this many times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
-def deployment(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """Per layer, in float32, with a random adapter that is not zero and a fresh one.
 
     The random one changes every answer and leaves it English. One of deviation 0.1 makes them
