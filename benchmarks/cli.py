@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from privatelora.cli._app import check_writable, run
+from privatelora.cli._daemons import num_threads_beside_another
 from privatelora.errors import ConfigError
 
 app = typer.Typer(
@@ -51,7 +52,6 @@ def overhead(
     """Compare decoding split over two processes, unsplit, and in transformers."""
     from privatelora.benchmarks.overhead import (
         OverheadSettings,
-        default_num_threads,
         measure_overhead,
     )
 
@@ -71,7 +71,7 @@ def overhead(
                 rounds=rounds,
                 tokens=tokens,
                 prompt_tokens=prompt_tokens,
-                num_threads=num_threads or default_num_threads(),
+                num_threads=num_threads or num_threads_beside_another(),
                 directory=Path(directory),
             ),
             status.update,

@@ -66,11 +66,6 @@ class _Run:
     num_threads: int
 
 
-def default_num_threads() -> int:
-    """Half the processors, since the split engine is two processes on this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // 2)
-
-
 def measure_overhead(settings: OverheadSettings, report: Report) -> dict[str, Any]:
     """Measure every arrangement; the top-level ratios are those of the first."""
     arrangements = [_measure_arrangement(settings, every, report) for every in settings.every]

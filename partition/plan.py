@@ -152,11 +152,6 @@ class Plan(BaseModel):
         """Points that cost a round trip: read inside the cloud, past its first layer."""
         return tuple(p for p in self.points if p.layer in self.cloud_layers[1:])
 
-    @cached_property
-    def edge_points(self) -> tuple[ExchangePoint, ...]:
-        """Points whose z the edge computes: in its own layers, or folded."""
-        return tuple(p for p in self.points if p not in self.wire_points)
-
     def span_in(self, point: ExchangePoint, layers: range) -> tuple[int, ...]:
         """Layers of the point's span that lie in ``layers``."""
         return tuple(layer for layer in point.layers if layer in layers)
@@ -174,11 +169,6 @@ class Plan(BaseModel):
     def arrangement(self) -> dict[str, object]:
         """What M depends on: everything but the placement."""
         return self.model_dump(mode="json", exclude={"edge_first", "edge_last"})
-
-    @property
-    def arrangement_fingerprint(self) -> str:
-        """Fingerprint of what M depends on."""
-        return fingerprint(self.arrangement())
 
     @property
     def fingerprint(self) -> str:

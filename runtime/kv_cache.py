@@ -42,11 +42,6 @@ class KVCache:
         # Views made once: slicing a tensor in the hot path costs more than the copy it precedes.
         self._layers = [(layer[0], layer[1]) for layer in self._data.unbind(0)]
 
-    @staticmethod
-    def nbytes_per_position(config: DecoderConfig, num_layers: int, itemsize: int) -> int:
-        """Bytes that one cached position takes."""
-        return num_layers * 2 * config.num_kv_heads * config.head_dim * itemsize
-
     def check_room(self, position: int, num_positions: int) -> None:
         """Raise RequestError if positions up to ``position + num_positions`` do not fit."""
         if position + num_positions > self.capacity:

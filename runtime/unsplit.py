@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 
-from privatelora.errors import PartitionError
 from privatelora.partition.adapter import Adapter, check_adapter, load_adapter, read_adapter
 from privatelora.partition.basis import BasisFingerprint
 from privatelora.partition.checkpoint import open_checkpoint
-from privatelora.partition.manifest import MANIFEST_NAME
+from privatelora.partition.manifest import MANIFEST_NAME, check_pair
 from privatelora.partition.models.config import DecoderConfig
 from privatelora.partition.models.families import tensor_names
 from privatelora.partition.shard import open_shard
@@ -53,10 +52,7 @@ def _from_shards(
 ) -> TextModel:
     cloud, edge = open_shard(directory / "cloud", "cloud"), open_shard(directory / "edge", "edge")
     manifest = cloud.manifest
-    if manifest.fingerprints != edge.manifest.fingerprints:
-        raise PartitionError(
-            f"{directory}: cloud and edge are not halves of one split; partition the model again"
-        )
+    check_pair(manifest.fingerprints, edge.manifest.fingerprints)
     adapter = None
     if adapter_file is not None:
         fingerprints = manifest.fingerprints

@@ -16,6 +16,11 @@ from privatelora.errors import PrivateLoRAError
 STOP_TIMEOUT_S = 10.0
 
 
+def num_threads_beside_another() -> int:
+    """Threads for one of two daemons that share this machine: half the processors."""
+    return max(1, len(os.sched_getaffinity(0)) // 2)
+
+
 class Daemon:
     """A daemon that talks in lines on its standard input and output.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from privatelora.cli._app import check_writable
-from privatelora.cli._daemons import Daemon
+from privatelora.cli._daemons import Daemon, num_threads_beside_another
 
 if TYPE_CHECKING:
     from privatelora.partition.manifest import Manifest
@@ -71,7 +70,7 @@ def demo(
     place = directory / f"every-{every}"
     prepared = _prepare(model, place, every, console)
     cloud_yaml, edge_yaml = place / "cloud.yaml", place / "edge.yaml"
-    num_threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    num_threads = num_threads_beside_another()
     cloud_yaml.write_text(CLOUD_YAML.format(file=cloud_yaml, port=0, num_threads=num_threads))
     with Daemon("privatelora.cli.serve", cloud_yaml) as cloud:
         address = cloud.read_line().removeprefix("ready ").strip()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 
 from privatelora.runtime.chat import Conversation
 from privatelora.runtime.config import EdgeConfig
@@ -21,7 +20,7 @@ from privatelora.runtime.text import TextStream
 from tests.e2e.deployment import Deployment, tiny_deployment
 from tests.e2e.processes import EDGE, MAIN, PATIENCE_S, SERVE, Commands, Process
 from tests.e2e.reference import greedy_with_logits
-from tests.e2e.test_equality import FP32, NUM_TOKENS, PROMPT, follow
+from tests.e2e.test_equality import FP32, assert_equal
 from tests.partition.tiny import tiny_tokenizer
 
 NUM_ROUND_TRIPS = 4
@@ -346,24 +345,6 @@ async def test_edges_and_sessions_side_by_side(
     assert list(together) == said_alone
     assert [edge.read_answer()[1]["text"] for edge in edges] == alone
     assert len({*alone, *said_alone}) == 5
-
-
-async def assert_equal(address: str, deployment: Deployment, reference: Any) -> None:
-    edge = Edge(
-        EdgeConfig(
-            cloud=address,
-            shard=deployment.edge_shard,
-            adapter=deployment.adapter_file,
-            payload=FP32,
-        )
-    )
-    try:
-        tokens, logits = await follow(edge.model, NUM_TOKENS)
-    finally:
-        await edge.aclose()
-    expected_tokens, expected_logits = greedy_with_logits(reference, PROMPT, NUM_TOKENS)
-    assert tokens == expected_tokens
-    torch.testing.assert_close(logits, expected_logits, rtol=0, atol=1e-4)
 
 
 async def test_equal_to_transformers_over_two_processes(world: World, address: str) -> None:

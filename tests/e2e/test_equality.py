@@ -55,21 +55,20 @@ async def follow(model: LanguageModel, num_tokens: int) -> tuple[list[int], torc
     return tokens, torch.cat(logits)
 
 
-async def assert_equal_over(address: str, deployment: Deployment, reference: Any) -> None:
-    cloud = Cloud(CloudConfig(listen=address, shard=deployment.cloud_shard))
-    async with await cloud.listen() as listener:
-        edge = Edge(
-            EdgeConfig(
-                cloud=listener.address,
-                shard=deployment.edge_shard,
-                adapter=deployment.adapter_file,
-                payload=FP32,
-            )
+async def assert_equal(address: str, deployment: Deployment, reference: Any) -> None:
+    """An edge of ``deployment``, against the cloud at ``address``, says what transformers says."""
+    edge = Edge(
+        EdgeConfig(
+            cloud=address,
+            shard=deployment.edge_shard,
+            adapter=deployment.adapter_file,
+            payload=FP32,
         )
-        try:
-            tokens, logits = await follow(edge.model, NUM_TOKENS)
-        finally:
-            await edge.aclose()
+    )
+    try:
+        tokens, logits = await follow(edge.model, NUM_TOKENS)
+    finally:
+        await edge.aclose()
     expected_tokens, expected_logits = greedy_with_logits(reference, PROMPT, NUM_TOKENS)
     assert tokens == expected_tokens
     torch.testing.assert_close(logits, expected_logits, rtol=0, atol=1e-4)
@@ -80,4 +79,7 @@ async def assert_equal_over(address: str, deployment: Deployment, reference: Any
 async def test_split_equals_transformers(family: str, arrangement: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"rank_up": 8, "rank_down": 8, **ARRANGEMENTS[arrangement]}
     deployment, reference = tiny_deployment(family, tmp_path, **options)
-    await assert_equal_over(f"inproc://{family}-{arrangement}", deployment, reference)
+    address = f"inproc://{family}-{arrangement}"
+    cloud = Cloud(CloudConfig(listen=address, shard=deployment.cloud_shard))
+    async with await cloud.listen() as listener:
+        await assert_equal(listener.address, deployment, reference)
