@@ -23,6 +23,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -44,26 +45,73 @@ class Limits:
     transport stops reading, so that a fast sender is slowed down (back-pressure). At least
     one whole frame is always accepted, and a transport may count some overhead per frame.
     ``spin_s``: how long ``recv`` may look for a frame without letting the event loop sleep (or
-    do anything else), where the transport can; 0 is never. While the peer mostly takes longer,
-    it is done rarely. ``close_timeout_s``: how long ``aclose`` waits for the peer before it aborts.
+    do anything else), where the transport can; 0 is never, None the transport's own choice.
+    While the peer mostly takes longer, it is done rarely. ``close_timeout_s``: how long
+    ``aclose`` waits for the peer before it aborts.
 
     Raises ConfigError for a value that cannot work.
     """
 
     max_frame_nbytes: int = 64 * 2**20
     max_queued_nbytes: int = 64 * 2**20
-    spin_s: float = 0.0
+    spin_s: float | None = None
     connect_timeout_s: float = 10.0
     close_timeout_s: float = 5.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not value > 0 and (name, value) != ("spin_s", 0):
-                raise ConfigError(f"{name} must be positive, not {value}")
+            if value is None or value > 0 or (name, value) == ("spin_s", 0):
+                continue
+            raise ConfigError(f"{name} must be positive, not {value}")
         if self.max_frame_nbytes > MAX_FRAME_NBYTES:
             raise ConfigError(
                 f"max_frame_nbytes must be at most {MAX_FRAME_NBYTES}, not {self.max_frame_nbytes}"
             )
+
+
+@dataclass(frozen=True)
+class TlsCredentials:
+    """Files (PEM) for ``tls://``.
+
+    ``certificate`` (with its chain) and ``private_key``: what this end proves itself with; a
+    listener needs them, a client where the cloud asks for them. ``trust``: a file or a folder of
+    ``*.crt`` and ``*.pem`` files with the certificates, of peers or of authorities, that a peer
+    is checked against. Without it a client trusts the system's authorities, and a listener asks
+    for no certificate.
+    """
+
+    certificate: Path | None = None
+    private_key: Path | None = None
+    trust: Path | None = None
+
+
+@dataclass(frozen=True)
+class CurveCredentials:
+    """Files for CURVE on ZeroMQ.
+
+    ``secret_key``: this end's. ``trust``: for a client the listener's public key file; for a
+    listener a public key file or a folder of them (``*.pub``), of the clients it lets in.
+    """
+
+    secret_key: Path
+    trust: Path
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What this end proves itself with and whom it trusts, by the mechanisms there are."""
+
+    tls: TlsCredentials | None = None
+    curve: CurveCredentials | None = None
+
+    def require_only(self, address: str, *used: str) -> None:
+        """Refuse what the transport of ``address`` would silently not use; ConfigError."""
+        for name, where in (("tls", "tls://"), ("curve", "zmq+tcp:// and zmq+ipc://")):
+            if getattr(self, name) is not None and name not in used:
+                raise ConfigError(
+                    f"{address} does not use the {name} keys that are set; use {where} or "
+                    f"remove the {name} settings"
+                )
 
 
 @dataclass
@@ -86,6 +134,11 @@ class Connection(ABC):
     @abstractmethod
     def peer(self) -> str:
         """Where the other end is, for messages to people."""
+
+    @property
+    def identity(self) -> str | None:
+        """What the peer has proven to be (``tls:`` or ``curve:`` and its public key), or None."""
+        return None
 
     @abstractmethod
     async def send(self, *parts: Buffer) -> None:
@@ -172,9 +225,11 @@ class Transport(ABC):
     """A way to move frames, chosen by the scheme of an address."""
 
     @abstractmethod
-    async def connect(self, address: str, limits: Limits) -> Connection:
+    async def connect(self, address: str, limits: Limits, credentials: Credentials) -> Connection:
         """Open a connection. Raises ConnectError, TransportTimeout, AuthError or ConfigError."""
 
     @abstractmethod
-    async def listen(self, address: str, handler: Handler, limits: Limits) -> Listener:
+    async def listen(
+        self, address: str, handler: Handler, limits: Limits, credentials: Credentials
+    ) -> Listener:
         """Start listening. Raises ConnectError (address in use, not permitted) or ConfigError."""

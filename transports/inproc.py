@@ -10,7 +10,15 @@ import asyncio
 
 from privatelora.errors import ConnectError, ConnectionClosed
 from privatelora.transports.address import parse_address
-from privatelora.transports.base import Buffer, Connection, Handler, Limits, Listener, Transport
+from privatelora.transports.base import (
+    Buffer,
+    Connection,
+    Credentials,
+    Handler,
+    Limits,
+    Listener,
+    Transport,
+)
 from privatelora.transports.connection import QueuedConnection
 from privatelora.transports.flow import wake
 from privatelora.transports.framing import frame_nbytes, oversized
@@ -115,9 +123,10 @@ class InprocListener(Listener):
 class InprocTransport(Transport):
     """``inproc://name``."""
 
-    async def connect(self, address: str, limits: Limits) -> Connection:
+    async def connect(self, address: str, limits: Limits, credentials: Credentials) -> Connection:
         """Connect to the listener of that name; see Transport.connect."""
         name = _name(address)
+        credentials.require_only(address)
         listener = _listeners.get(name)
         if listener is None or listener.loop is not asyncio.get_running_loop():
             raise ConnectError(
@@ -126,9 +135,12 @@ class InprocTransport(Transport):
             )
         return listener.open(limits)
 
-    async def listen(self, address: str, handler: Handler, limits: Limits) -> Listener:
+    async def listen(
+        self, address: str, handler: Handler, limits: Limits, credentials: Credentials
+    ) -> Listener:
         """Take the name; see Transport.listen."""
         name = _name(address)
+        credentials.require_only(address)
         holder = _listeners.get(name)
         # A loop that ended without closing its listener must not hold the name for ever.
         if holder is not None and not holder.loop.is_closed():

@@ -14,7 +14,14 @@ import inspect
 
 from privatelora.errors import ConfigError
 from privatelora.transports.address import parse_address
-from privatelora.transports.base import Connection, Handler, Limits, Listener, Transport
+from privatelora.transports.base import (
+    Connection,
+    Credentials,
+    Handler,
+    Limits,
+    Listener,
+    Transport,
+)
 
 ENTRY_POINT_GROUP = "privatelora.transports"
 
@@ -23,22 +30,32 @@ _BUILT_IN = {
     "tcp": "privatelora.transports.tcp:TcpTransport",
 }
 _DEFAULT_LIMITS = Limits()
+_NO_CREDENTIALS = Credentials()
 
 
-async def connect(address: str, limits: Limits = _DEFAULT_LIMITS) -> Connection:
+async def connect(
+    address: str,
+    limits: Limits = _DEFAULT_LIMITS,
+    credentials: Credentials = _NO_CREDENTIALS,
+) -> Connection:
     """Open a connection to a contact address.
 
     Raises ConfigError (the address cannot work), ConnectError, TransportTimeout or AuthError.
     """
-    return await _transport(address).connect(address, limits)
+    return await _transport(address).connect(address, limits, credentials)
 
 
-async def listen(address: str, handler: Handler, limits: Limits = _DEFAULT_LIMITS) -> Listener:
+async def listen(
+    address: str,
+    handler: Handler,
+    limits: Limits = _DEFAULT_LIMITS,
+    credentials: Credentials = _NO_CREDENTIALS,
+) -> Listener:
     """Listen on an address and run ``handler`` for each connection.
 
     Raises ConfigError or ConnectError (address in use, not permitted).
     """
-    return await _transport(address).listen(address, handler, limits)
+    return await _transport(address).listen(address, handler, limits, credentials)
 
 
 def known_schemes() -> list[str]:

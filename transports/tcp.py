@@ -14,7 +14,15 @@ from collections.abc import Sequence
 
 from privatelora.errors import ConnectError, ConnectionClosed, RemoteProtocolError
 from privatelora.transports.address import parse_address
-from privatelora.transports.base import Buffer, Connection, Handler, Limits, Listener, Transport
+from privatelora.transports.base import (
+    Buffer,
+    Connection,
+    Credentials,
+    Handler,
+    Limits,
+    Listener,
+    Transport,
+)
 from privatelora.transports.connection import QueuedConnection
 from privatelora.transports.flow import AdaptiveSpin, again, wake
 from privatelora.transports.framing import HEADER, HEADER_NBYTES, MAGIC, FrameReader, frame_nbytes
@@ -243,10 +251,11 @@ class TcpListener(Listener):
 class TcpTransport(Transport):
     """``tcp://host:port``."""
 
-    async def connect(self, address: str, limits: Limits) -> Connection:
+    async def connect(self, address: str, limits: Limits, credentials: Credentials) -> Connection:
         """Connect; see Transport.connect."""
         parsed = parse_address(address)
         parsed.require_options()
+        credentials.require_only(address)
         sock = await open_connection(parsed, limits.connect_timeout_s)
         try:
             return TcpConnection(sock, limits)
@@ -256,10 +265,13 @@ class TcpTransport(Transport):
                 f"cannot connect to {address}: the peer closed at once; check its log"
             ) from error
 
-    async def listen(self, address: str, handler: Handler, limits: Limits) -> Listener:
+    async def listen(
+        self, address: str, handler: Handler, limits: Limits, credentials: Credentials
+    ) -> Listener:
         """Listen; see Transport.listen."""
         parsed = parse_address(address)
         parsed.require_options()
+        credentials.require_only(address)
         sockets = await open_listeners(parsed)
         return TcpListener(contact_text(parsed, sockets[0]), sockets, handler, limits)
 

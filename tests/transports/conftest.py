@@ -14,7 +14,6 @@ import pytest
 import uvloop
 
 from privatelora.transports.base import Connection, Limits
-from privatelora.transports.registry import connect, listen
 from tests.transports.cases import CASES, Case
 
 
@@ -22,7 +21,7 @@ def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEv
     return {"asyncio": asyncio.SelectorEventLoop, "uvloop": uvloop.new_event_loop}
 
 
-@pytest.fixture(params=CASES, ids=lambda case: case.scheme)
+@pytest.fixture(params=CASES, ids=lambda case: case.name)
 def case(request: pytest.FixtureRequest) -> Case:
     found: Case = request.param
     return found
@@ -90,9 +89,9 @@ async def open_pair(case: Case) -> AsyncIterator[OpenPair]:
                 accepted.put_nowait(connection)
                 await asyncio.Event().wait()
 
-            listener = await listen(case.listen_address(), handler, server_limits or limits)
+            listener = await case.listen(handler, server_limits or limits)
             stack.push_async_callback(listener.aclose)
-            client = await connect(listener.address, limits)
+            client = await case.connect(listener.address, limits)
             stack.callback(client.abort)
             return client, await accepted.get()
 

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from pathlib import Path
 
 import pytest
 
-from privatelora.errors import ConnectError, ConnectionClosed, RemoteProtocolError
-from privatelora.transports.base import Connection, Limits
-from privatelora.transports.registry import connect, listen
+from privatelora.errors import (
+    AuthError,
+    ConfigError,
+    ConnectError,
+    ConnectionClosed,
+    RemoteProtocolError,
+)
+from privatelora.transports import registry
+from privatelora.transports.base import (
+    Connection,
+    Credentials,
+    CurveCredentials,
+    Limits,
+    TlsCredentials,
+)
 from tests.transports.cases import Case
 from tests.transports.conftest import OpenPair
 from tests.transports.support import (
@@ -242,9 +255,9 @@ async def test_death_after_a_burst_is_noticed(open_pair: OpenPair, num_frames: i
 
 
 async def test_reconnecting(case: Case) -> None:
-    async with await listen(case.listen_address(), echo) as listener:
+    async with await case.listen(echo) as listener:
         for number in range(5):
-            connection = await connect(listener.address)
+            connection = await case.connect(listener.address)
             await connection.send(bytes([number]))
             assert await received(connection) == bytes([number])
             if number % 2:
@@ -255,51 +268,51 @@ async def test_reconnecting(case: Case) -> None:
 
 async def test_many_connections_at_once(case: Case) -> None:
     async def talk(number: int) -> None:
-        async with await connect(listener.address) as connection:
+        async with await case.connect(listener.address) as connection:
             for size in (1, 100_000, 0):
                 frame = bytes([number]) * size
                 await connection.send(frame)
                 assert await received(connection) == frame
 
-    async with await listen(case.listen_address(), echo) as listener, asyncio.TaskGroup() as group:
+    async with await case.listen(echo) as listener, asyncio.TaskGroup() as group:
         for number in range(30):
             group.create_task(talk(number))
 
 
 async def test_address_in_use(case: Case) -> None:
-    async with await listen(case.listen_address(), echo) as listener:
+    async with await case.listen(echo) as listener:
         with pytest.raises(ConnectError, match=r"in use") as caught:
-            await listen(listener.address, echo)
+            await case.listen(echo, address=listener.address)
         assert listener.address in str(caught.value)
-        connection = await connect(listener.address)
+        connection = await case.connect(listener.address)
         await connection.send(b"still mine")
         assert await received(connection) == b"still mine"
         await connection.aclose()
-    async with await listen(listener.address, echo) as again:
+    async with await case.listen(echo, address=listener.address) as again:
         assert again.address == listener.address
 
 
 async def test_connecting_to_nobody(case: Case) -> None:
     address = case.dead_address()
     with pytest.raises(ConnectError) as caught:
-        await connect(address)
+        await case.connect(address)
     assert address in str(caught.value)
 
 
 async def test_connecting_after_the_listener_closed(case: Case) -> None:
-    listener = await listen(case.listen_address(), echo)
+    listener = await case.listen(echo)
     await listener.aclose()
     await listener.aclose()
     with pytest.raises(ConnectError):
-        await connect(listener.address)
+        await case.connect(listener.address)
 
 
 async def test_connection_is_closed_when_the_handler_returns(case: Case) -> None:
     async def greet(connection: Connection) -> None:
         await connection.send(b"bye")
 
-    async with await listen(case.listen_address(), greet) as listener:
-        connection = await connect(listener.address)
+    async with await case.listen(greet) as listener:
+        connection = await case.connect(listener.address)
         assert await received(connection) == b"bye"
         with pytest.raises(ConnectionClosed):
             await connection.recv()
@@ -321,9 +334,9 @@ async def test_listener_survives_a_failing_handler(
             raise error
         await connection.send(b"fine")
 
-    async with await listen(case.listen_address(), handler) as listener:
+    async with await case.listen(handler) as listener:
         for question in (b"fail", b"work", b"fail", b"work"):
-            connection = await connect(listener.address)
+            connection = await case.connect(listener.address)
             await connection.send(question)
             if question == b"fail":
                 with pytest.raises(ConnectionClosed):
@@ -348,8 +361,8 @@ async def test_closing_the_listener_cancels_handlers_and_waits(case: Case) -> No
             ended.append(connection.peer)
             raise
 
-    listener = await listen(case.listen_address(), handler)
-    connections = [await connect(listener.address) for _ in range(3)]
+    listener = await case.listen(handler)
+    connections = [await case.connect(listener.address) for _ in range(3)]
     for _ in connections:
         await started.acquire()
     await listener.aclose()
@@ -361,8 +374,8 @@ async def test_closing_the_listener_cancels_handlers_and_waits(case: Case) -> No
 
 
 async def test_closing_the_listener_before_a_handler_began(case: Case) -> None:
-    listener = await listen(case.listen_address(), echo)
-    connection = await connect(listener.address)
+    listener = await case.listen(echo)
+    connection = await case.connect(listener.address)
     await listener.aclose()
     with pytest.raises(ConnectionClosed):
         await connection.recv()
@@ -374,10 +387,50 @@ async def test_a_handler_may_close_its_listener(case: Case) -> None:
         await listener.aclose()
         await connection.send(b"closed")
 
-    listener = await listen(case.listen_address(), handler)
-    connection = await connect(listener.address)
+    listener = await case.listen(handler)
+    connection = await case.connect(listener.address)
     assert await received(connection) == b"closed"
     await connection.aclose()
     with pytest.raises(ConnectError):
-        await connect(listener.address)
+        await case.connect(listener.address)
     await listener.aclose()
+
+
+# Belonging
+
+
+async def test_strangers_are_refused_and_logged(
+    case: Case, own_errors: pytest.LogCaptureFixture
+) -> None:
+    async with await case.listen(echo) as listener:
+        for stranger in case.keyring().strangers:
+            own_errors.clear()
+            with pytest.raises(AuthError) as caught:
+                await registry.connect(listener.address, Limits(), stranger)
+            assert listener.address in str(caught.value)
+            async with asyncio.timeout(5):
+                while not own_errors.records:  # noqa: ASYNC110  # the log has no event
+                    await asyncio.sleep(0)
+            assert {record.name for record in own_errors.records} == {"privatelora.transports"}
+            assert listener.address in own_errors.text
+            connection = await case.connect(listener.address)
+            await connection.send(b"still served")
+            assert await received(connection) == b"still served"
+            await connection.aclose()
+
+
+async def test_keys_that_would_not_be_used_are_refused(case: Case) -> None:
+    """Otherwise someone would believe that the connection is protected by them."""
+    path = Path("somewhere")
+    others = {
+        "tls": Credentials(tls=TlsCredentials(path, path)),
+        "curve": Credentials(curve=CurveCredentials(path, path)),
+    }
+    for used in ("tls", "curve"):
+        if getattr(case.keyring().listener, used) is not None:
+            del others[used]
+    for name, credentials in others.items():
+        with pytest.raises(ConfigError, match=f"does not use the {name} keys"):
+            await registry.connect(case.dead_address(), Limits(), credentials)
+        with pytest.raises(ConfigError, match=f"does not use the {name} keys"):
+            await registry.listen(case.listen_address(), echo, Limits(), credentials)

@@ -12,7 +12,14 @@ from typing import ClassVar
 import pytest
 
 from privatelora.errors import ConfigError, ConnectError
-from privatelora.transports.base import Connection, Handler, Limits, Listener, Transport
+from privatelora.transports.base import (
+    Connection,
+    Credentials,
+    Handler,
+    Limits,
+    Listener,
+    Transport,
+)
 from privatelora.transports.registry import connect, known_schemes, listen
 
 Install = Callable[..., None]
@@ -23,12 +30,14 @@ class RecordingTransport(Transport):
 
     calls: ClassVar[list[tuple[object, ...]]] = []
 
-    async def connect(self, address: str, limits: Limits) -> Connection:
-        self.calls.append(("connect", address, limits))
+    async def connect(self, address: str, limits: Limits, credentials: Credentials) -> Connection:
+        self.calls.append(("connect", address, limits, credentials))
         raise ConnectError("out of pigeons")
 
-    async def listen(self, address: str, handler: Handler, limits: Limits) -> Listener:
-        self.calls.append(("listen", address, handler, limits))
+    async def listen(
+        self, address: str, handler: Handler, limits: Limits, credentials: Credentials
+    ) -> Listener:
+        self.calls.append(("listen", address, handler, limits, credentials))
         raise ConnectError("out of pigeons")
 
 
@@ -62,8 +71,8 @@ async def test_third_party_transport(install: Install) -> None:
     with pytest.raises(ConnectError, match="pigeons"):
         await listen("pigeon://loft", handler)
     assert RecordingTransport.calls == [
-        ("connect", "pigeon://loft", limits),
-        ("listen", "pigeon://loft", handler, Limits()),
+        ("connect", "pigeon://loft", limits, Credentials()),
+        ("listen", "pigeon://loft", handler, Limits(), Credentials()),
     ]
     assert known_schemes() == ["inproc", "pigeon", "tcp"]
 
