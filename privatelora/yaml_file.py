@@ -39,7 +39,7 @@ def read_yaml(path: Path, model: type[Model]) -> Model:
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        first = next(iter(model.model_fields))
+        first = _keys(model)[0]
         raise ConfigError(f"{path}: expected keys and values, such as '{first}: ...'")
     try:
         return model.model_validate(values, context={"directory": path.absolute().parent})
@@ -69,10 +69,16 @@ def _unknown_key(location: list[str], model: type[BaseModel]) -> str:
     for part in location[:-1]:
         field = model.model_fields.get(part)  # none for an index into a list
         model = (field and _inner_model(field.annotation)) or model
-    known = list(model.model_fields)
+    known = _keys(model)
     close = difflib.get_close_matches(location[-1], known, n=2)
     hint = f"did you mean {' or '.join(close)}?" if close else f"known keys: {', '.join(known)}"
     return f"unknown key {'.'.join(location)!r}; {hint}"
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    """The model's keys, first those that must be there."""
+    fields = model.model_fields
+    return sorted(fields, key=lambda name: not fields[name].is_required())
 
 
 def _inner_model(annotation: Any) -> type[BaseModel] | None:

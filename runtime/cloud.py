@@ -46,7 +46,6 @@ class Cloud:
 
     async def listen(self) -> Listener:
         """Start serving; ConnectError if the address is taken or not this machine's."""
-        limits = Limits(
-            max_frame_nbytes=self.config.max_frame_mib * 2**20, spin_s=self.config.spin_us * 1e-6
-        )
-        return await listen(self.config.listen, self.service.handle, limits)
+        config = self.config
+        limits = Limits(max_frame_nbytes=config.max_frame_mib * 2**20, spin_s=config.spin_s)
+        return await listen(config.listen, self.service.handle, limits, config.credentials())

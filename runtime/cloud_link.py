@@ -24,6 +24,7 @@ from privatelora.errors import (
     TransportError,
     TransportTimeout,
 )
+from privatelora.runtime.codecs import CodecPreferences, Codecs, choose_codecs
 from privatelora.runtime.language_model import Traffic
 from privatelora.runtime.payload.codec import CODEC_NAMES
 from privatelora.runtime.wire.failures import error_reply, exception_from
@@ -46,7 +47,7 @@ from privatelora.runtime.wire.messages import (
 )
 from privatelora.runtime.wire.prelude import WireLimits
 from privatelora.runtime.wire.state import WireConnection
-from privatelora.transports.base import Connection, Limits
+from privatelora.transports.base import NO_CREDENTIALS, Connection, Credentials, Limits
 from privatelora.transports.flow import again
 from privatelora.transports.registry import connect
 
@@ -61,24 +62,27 @@ class LinkSettings:
     """How an edge reaches its cloud. Times in seconds."""
 
     address: str
+    codecs: CodecPreferences
+    credentials: Credentials = NO_CREDENTIALS
     connect_timeout_s: float = 10.0
     step_timeout_s: float = 120.0
     max_frame_nbytes: int = 64 * 2**20
-    spin_s: float = 0.0
+    spin_s: float | None = None
 
 
 async def open_link(settings: LinkSettings, fingerprints: Fingerprints) -> CloudLink:
     """Connect and greet.
 
     Raises ConnectError or TransportTimeout if the cloud is not there, PartitionError if it
-    serves another model, plan or basis, VersionMismatch if it speaks another protocol.
+    serves another model, plan or basis, VersionMismatch if it speaks another protocol,
+    AuthError if one end refuses the other, ConfigError if no payload codec suits both.
     """
     limits = Limits(
         max_frame_nbytes=settings.max_frame_nbytes,
         connect_timeout_s=settings.connect_timeout_s,
         spin_s=settings.spin_s,
     )
-    connection = await connect(settings.address, limits)
+    connection = await connect(settings.address, limits, settings.credentials)
     try:
         wire = WireConnection(Role.EDGE, WireLimits())
         ours = Hello(
@@ -106,20 +110,28 @@ async def open_link(settings: LinkSettings, fingerprints: Fingerprints) -> Cloud
         if not isinstance(theirs, Hello):
             raise RemoteProtocolError("the cloud's first message must be Hello")
         check_hello(ours, theirs)
+        codecs = choose_codecs(settings.codecs, theirs.codecs)
     except BaseException:
         connection.abort()
         raise
-    return CloudLink(connection, wire, settings, theirs)
+    return CloudLink(connection, wire, settings, theirs, codecs)
 
 
 class CloudLink:
     """An open, greeted connection. Made by ``open_link``."""
 
     def __init__(
-        self, connection: Connection, wire: WireConnection, settings: LinkSettings, cloud: Hello
+        self,
+        connection: Connection,
+        wire: WireConnection,
+        settings: LinkSettings,
+        cloud: Hello,
+        codecs: Codecs,
     ) -> None:
         self.cloud = cloud
         """What the cloud said of itself and offers."""
+        self.codecs = codecs
+        """What was agreed with it."""
         self._connection = connection
         self._wire = wire
         self._settings = settings
@@ -133,18 +145,14 @@ class CloudLink:
         """Whether sequences can still be opened and stepped on this link."""
         return self._failure is None
 
-    async def open_session(
-        self, max_positions: int, hidden_codec: str, exchange_codec: str, answer: Answer
-    ) -> LinkSession:
+    async def open_session(self, max_positions: int, answer: Answer) -> LinkSession:
         """Make a session whose exchanges ``answer`` answers."""
         self._last_session_id += 1
         session = LinkSession(self, self._last_session_id, answer)
         self._sessions[session.session_id] = session
+        down = self.codecs.hidden_states_down, self.codecs.exchange_down
         try:
-            await self.ask(
-                session,
-                OpenSession(session.session_id, max_positions, hidden_codec, exchange_codec),
-            )
+            await self.ask(session, OpenSession(session.session_id, max_positions, *down))
         except BaseException:
             await self.close_session(session)
             raise

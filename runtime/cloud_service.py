@@ -171,7 +171,8 @@ class _Peer:
             raise RemoteProtocolError("the first message must be Hello")
         check_hello(self._service.hello, hello)
         await self._send(self._service.hello)
-        logger.info("%s joined: %s", self._connection.peer, hello.software)
+        identity = self._connection.identity or "without proof of identity"
+        logger.info("%s joined: %s, %s", self._connection.peer, hello.software, identity)
         while True:
             message = await self._receive()
             match message:

@@ -5,13 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    model_validator,
+)
 
+from privatelora.runtime.codecs import CodecPreferences
+from privatelora.runtime.payload.names import CODEC_NAMES
 from privatelora.runtime.sampling_params import SamplingParams
+from privatelora.transports.base import Credentials, CurveCredentials, TlsCredentials
 from privatelora.yaml_file import read_yaml
 
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
-CodecName = Literal["fp32", "fp16", "bf16"]
 DEVICE_PATTERN = r"^(cpu|cuda(:\d{1,2})?)$"
 
 
@@ -29,7 +39,46 @@ class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class CloudConfig(_Settings):
+class TlsConfig(_Settings):
+    """Files (PEM) for ``tls://``; see TlsCredentials."""
+
+    certificate: ConfigPath | None = None
+    key: ConfigPath | None = None
+    trust: ConfigPath | None = None
+
+
+class CurveConfig(_Settings):
+    """Files for CURVE on ``zmq+tcp://`` and ``zmq+ipc://``; see CurveCredentials."""
+
+    key: ConfigPath
+    trust: ConfigPath
+
+
+class _Link(_Settings):
+    """What both ends of a connection set."""
+
+    tls: TlsConfig | None = None
+    curve: CurveConfig | None = None
+    max_frame_mib: int = Field(default=64, gt=0, le=4095)
+    spin_us: int | None = Field(default=None, ge=0, le=10_000)
+    """Look for the next frame this long before sleeping: faster on one machine or a fast LAN,
+    for a core kept busy while answers are generated. Default: what the transport thinks best."""
+
+    @property
+    def spin_s(self) -> float | None:
+        """``spin_us`` in seconds."""
+        return None if self.spin_us is None else self.spin_us * 1e-6
+
+    def credentials(self) -> Credentials:
+        """What this end proves itself with and whom it trusts."""
+        tls, curve = self.tls, self.curve
+        return Credentials(
+            tls=None if tls is None else TlsCredentials(tls.certificate, tls.key, tls.trust),
+            curve=None if curve is None else CurveCredentials(curve.key, curve.trust),
+        )
+
+
+class CloudConfig(_Link):
     """Settings of ``privatelora-serve``."""
 
     listen: str
@@ -46,20 +95,61 @@ class CloudConfig(_Settings):
     """Longest sequence offered, bounded by the model's context."""
     max_cached_positions: int = Field(default=131072, gt=0)
     """KV cache positions reserved over all sessions; beyond it new sessions are refused."""
-    max_frame_mib: int = Field(default=64, gt=0, le=4095)
-    spin_us: int = Field(default=0, ge=0, le=10_000)
-    """Look for the next frame this long before sleeping: faster on one machine or a fast LAN,
-    for a core kept busy while answers are generated."""
+
+
+def _known_codec(name: str) -> str:
+    if name not in CODEC_NAMES:
+        raise ValueError(f"no payload codec {name!r}; choose from {', '.join(CODEC_NAMES)}")
+    return name
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+CodecChoice = Annotated[
+    tuple[Annotated[str, AfterValidator(_known_codec)], ...],
+    BeforeValidator(_as_list),
+    Field(min_length=1),
+]
+"""One codec, or several in order of preference; the first that the cloud knows is used."""
+
+
+class DirectionConfig(_Settings):
+    """Codecs of one direction, by kind of tensor; one name stands for both."""
+
+    hidden_states: CodecChoice = ("fp16",)
+    exchange: CodecChoice = ("fp16",)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_for_both(cls, value: object) -> object:
+        if isinstance(value, str):
+            return {"hidden_states": value, "exchange": value}
+        return value
 
 
 class PayloadConfig(_Settings):
-    """How numbers are written on the wire."""
+    """How numbers are written on the wire; one name stands for everything.
 
-    hidden_states: CodecName = "fp16"
-    exchange: CodecName = "fp16"
+    ``up``: from edge to cloud (hidden states in, y). ``down``: back (z, hidden states out).
+    """
+
+    up: DirectionConfig = DirectionConfig()
+    down: DirectionConfig = DirectionConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_for_both(cls, value: object) -> object:
+        return {"up": value, "down": value} if isinstance(value, str) else value
+
+    def preferences(self) -> CodecPreferences:
+        """What to agree on with the cloud."""
+        up, down = self.up, self.down
+        return CodecPreferences(up.hidden_states, up.exchange, down.hidden_states, down.exchange)
 
 
-class EdgeConfig(_Settings):
+class EdgeConfig(_Link):
     """Settings of ``privatelora-edge`` and ``privatelora chat``."""
 
     cloud: str
@@ -81,9 +171,6 @@ class EdgeConfig(_Settings):
     connect_timeout_s: float = Field(default=10.0, gt=0, allow_inf_nan=False)
     step_timeout_s: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     """Longest wait for one answer of the cloud."""
-    max_frame_mib: int = Field(default=64, gt=0, le=4095)
-    spin_us: int = Field(default=0, ge=0, le=10_000)
-    """As the cloud's."""
 
 
 def load_cloud_config(path: Path) -> CloudConfig:

@@ -13,7 +13,7 @@ from privatelora.runtime.cloud_link import LinkSettings
 from privatelora.runtime.config import EdgeConfig
 from privatelora.runtime.device import compute_dtype
 from privatelora.runtime.exchange import PrivateMatrices
-from privatelora.runtime.split_model import Codecs, EdgeParts, SplitModel
+from privatelora.runtime.split_model import EdgeParts, SplitModel
 from privatelora.runtime.wire.messages import Fingerprints
 from privatelora.transports.address import parse_address
 
@@ -40,12 +40,13 @@ class Edge:
             Fingerprints(*manifest.fingerprints),
             LinkSettings(
                 address=config.cloud,
+                codecs=config.payload.preferences(),
+                credentials=config.credentials(),
                 connect_timeout_s=config.connect_timeout_s,
                 step_timeout_s=config.step_timeout_s,
                 max_frame_nbytes=config.max_frame_mib * 2**20,
-                spin_s=config.spin_us * 1e-6,
+                spin_s=config.spin_s,
             ),
-            Codecs(config.payload.hidden_states, config.payload.exchange),
             max_positions=min(config.max_positions, model_limit),
             max_step_positions=config.prefill_chunk,
         )

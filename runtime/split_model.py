@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
@@ -28,14 +27,6 @@ _OUTPUT_ROWS: Mapping[Rows, OutputRows] = {
     "last": OutputRows.LAST,
     "all": OutputRows.ALL,
 }
-
-
-@dataclass(frozen=True)
-class Codecs:
-    """How each kind of tensor is written on the wire, both ways."""
-
-    hidden_states: str = "fp16"
-    exchange: str = "fp16"
 
 
 class EdgeParts:
@@ -88,7 +79,6 @@ class SplitModel:
         parts: EdgeParts,
         fingerprints: Fingerprints,
         settings: LinkSettings,
-        codecs: Codecs,
         max_positions: int,
         max_step_positions: int,
     ) -> None:
@@ -98,7 +88,6 @@ class SplitModel:
         self._parts = parts
         self._fingerprints = fingerprints
         self._settings = settings
-        self._codecs = codecs
         self._link: CloudLink | None = None
         self._connecting = asyncio.Lock()
 
@@ -118,7 +107,7 @@ class SplitModel:
     async def open_sequence(self, max_positions: int) -> SplitSequence:
         """Reserve a cache on the cloud. Raises CapacityError, RequestError, TransportError."""
         link = await self.link()
-        sequence = SplitSequence(self._parts, link, self._codecs)
+        sequence = SplitSequence(self._parts, link)
         await sequence.open(min(max_positions, self.max_positions))
         return sequence
 
@@ -149,10 +138,10 @@ class SplitModel:
 class SplitSequence:
     """One sequence: its cache lies with the cloud, and with the edge for the edge's layers."""
 
-    def __init__(self, parts: EdgeParts, link: CloudLink, codecs: Codecs) -> None:
+    def __init__(self, parts: EdgeParts, link: CloudLink) -> None:
         self._parts = parts
         self._link = link
-        self._codecs = codecs
+        self._codecs = link.codecs
         self._session: LinkSession | None = None
         # y for layers the edge runs after the cloud, from points of the step in flight.
         self._late_y: dict[int, torch.Tensor] = {}
@@ -161,10 +150,7 @@ class SplitSequence:
 
     async def open(self, max_positions: int) -> None:
         """Open the session on the cloud and the caches here."""
-        codecs = self._codecs
-        self._session = await self._link.open_session(
-            max_positions, codecs.hidden_states, codecs.exchange, self._answer
-        )
+        self._session = await self._link.open_session(max_positions, self._answer)
         self.traffic = self._session.traffic
         self._first_kv = self._parts.first.new_cache(max_positions)
         self._last_kv = self._parts.last.new_cache(max_positions)
@@ -182,7 +168,7 @@ class SplitSequence:
         opening = None
         if plan.opening_layers:
             concatenated = torch.cat([y.pop(layer) for layer in plan.opening_layers], dim=1)
-            opening = pack(concatenated, self._codecs.exchange)
+            opening = pack(concatenated, self._codecs.exchange_up)
         self._late_y = y
         self._num_rows = len(token_ids)
         # The edge's last layers need every row, to cache its keys and values.
@@ -190,7 +176,7 @@ class SplitSequence:
         returned = await self._session.step(
             position,
             cloud_rows,
-            pack(first.hidden_states, self._codecs.hidden_states),
+            pack(first.hidden_states, self._codecs.hidden_states_up),
             opening,
         )
         hidden_states = self._checked(returned, cloud_rows)
@@ -225,7 +211,7 @@ class SplitSequence:
             late = y[:, num_cloud * plan.y_size :].chunk(len(late_layers), dim=1)
             self._late_y.update(zip(late_layers, late, strict=True))
             y = y[:, : num_cloud * plan.y_size]
-        return pack(y, self._codecs.exchange)
+        return pack(y, self._codecs.exchange_up)
 
     def _checked(self, returned: TensorPayload, rows: OutputRows) -> torch.Tensor:
         due = {OutputRows.NONE: 0, OutputRows.LAST: 1, OutputRows.ALL: self._num_rows}[rows]

@@ -114,6 +114,9 @@ class Credentials:
                 )
 
 
+NO_CREDENTIALS = Credentials()
+
+
 @dataclass
 class ByteCounters:
     """Bytes and frames that crossed one connection, framing included."""

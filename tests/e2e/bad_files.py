@@ -164,7 +164,11 @@ for _kind, _text, _printed in (
     ("cloud", "listen: 2024-02-31", "not valid YAML"),
     ("cloud", "- listen", "expected keys and values, such as 'listen: ...'"),
     ("cloud", "listen: 'tcp://127.0.0.1:0'", "shard: Field required"),
-    ("edge", "{cloud: 'tcp://h:1', shard: a, payload: {exchnge: fp16}}", "did you mean exchange?"),
+    (
+        "edge",
+        "{cloud: 'tcp://h:1', shard: a, payload: {dwn: fp16}}",
+        "did you mean down?",
+    ),
     (
         "edge",
         "{cloud: 'tcp://h:1', shard: a, sampling: {temperature: hot}}",
@@ -190,7 +194,7 @@ CASES.add(
 )
 CASES.add(
     "scheme to listen on that is unknown",
-    "no transport serves quic://; known schemes: inproc, tcp",
+    "no transport serves quic://; known schemes: inproc, shm, tcp",
     lambda b: b.serve(b.good.cloud_yaml("scheme.yaml", listen="quic://127.0.0.1:1")),
 )
 CASES.add(
@@ -200,7 +204,7 @@ CASES.add(
 )
 CASES.add(
     "scheme of the cloud unknown",
-    "no transport serves quic://; known schemes: inproc, tcp",
+    "no transport serves quic://; known schemes: inproc, shm, tcp",
     lambda b: b.edge_at("quic://127.0.0.1:1"),
 )
 

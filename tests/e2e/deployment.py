@@ -57,7 +57,7 @@ class Deployment:
             "shard": "edge",
             "adapter": "adapter.safetensors",
             "num_threads": 1,
-            "payload": {"hidden_states": "fp32", "exchange": "fp32"},
+            "payload": "fp32",
         }
         return write_yaml(self.directory / name, {**usual, **settings})
 

@@ -16,7 +16,7 @@ from tests.e2e.deployment import Deployment, tiny_deployment
 from tests.e2e.reference import greedy_with_logits
 from tests.partition.tiny import FAMILIES
 
-FP32 = PayloadConfig(hidden_states="fp32", exchange="fp32")
+FP32 = PayloadConfig.model_validate("fp32")
 PROMPT = [1, *range(20, 58)]
 NUM_TOKENS = 32
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from privatelora.errors import ConfigError
 from privatelora.partition.plan_file import read_plan_file
+from privatelora.runtime.codecs import CodecPreferences, Codecs
 from privatelora.runtime.config import (
     CloudConfig,
     EdgeConfig,
@@ -18,6 +19,12 @@ from privatelora.runtime.config import (
     load_edge_config,
 )
 from privatelora.runtime.sampling_params import SamplingParams
+from privatelora.transports.base import (
+    NO_CREDENTIALS,
+    Credentials,
+    CurveCredentials,
+    TlsCredentials,
+)
 from privatelora.yaml_file import MAX_FILE_NBYTES, explain, read_yaml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -57,14 +64,17 @@ def test_cloud_defaults(write: Write) -> None:
         "cpu",
         "auto",
         None,
-        0,
+        None,
     )
 
 
 def test_edge_defaults(write: Write) -> None:
     config = load_edge_config(write(EDGE))
     assert config.adapter is None
-    assert (config.payload.hidden_states, config.payload.exchange) == ("fp16", "fp16")
+    assert config.payload.preferences() == CodecPreferences.only(
+        Codecs("fp16", "fp16", "fp16", "fp16")
+    )
+    assert config.credentials() == NO_CREDENTIALS
     assert config.sampling == SamplingParams()
     assert config.system_prompt is None
 
@@ -73,13 +83,39 @@ def test_what_is_written_is_what_is_read(write: Write) -> None:
     config = load_edge_config(
         write(
             EDGE
-            + "adapter: mine.safetensors\npayload: {exchange: bf16}\nstep_timeout_s: 2.5\n"
+            + "adapter: mine.safetensors\nstep_timeout_s: 2.5\n"
             + "sampling:\n  temperature: 0.7\n  stop: [END, '\\n\\n']\n"
         )
     )
-    assert (config.payload.hidden_states, config.payload.exchange) == ("fp16", "bf16")
     assert config.step_timeout_s == 2.5
     assert config.sampling == SamplingParams(temperature=0.7, stop=("END", "\\n\\n"))
+
+
+@pytest.mark.parametrize(
+    ("payload", "expected"),
+    [
+        ("fp32", [("fp32",)] * 4),
+        ("{up: bf16}", [("bf16",), ("bf16",), ("fp16",), ("fp16",)]),
+        ("{up: {exchange: bf16}}", [("fp16",), ("bf16",), ("fp16",), ("fp16",)]),
+        (
+            "{up: fp32, down: {hidden_states: [bf16, fp32]}}",
+            [("fp32",), ("fp32",), ("bf16", "fp32"), ("fp16",)],
+        ),
+    ],
+)
+def test_payload_codecs(write: Write, payload: str, expected: list[tuple[str, ...]]) -> None:
+    config = load_edge_config(write(EDGE + f"payload: {payload}\n"))
+    assert config.payload.preferences() == CodecPreferences(*expected)
+
+
+def test_keys_are_files_beside_the_file(write: Write, tmp_path: Path) -> None:
+    config = load_cloud_config(
+        write(CLOUD + "tls: {certificate: a.crt, key: a.key}\ncurve: {key: /b.key, trust: in}\n")
+    )
+    assert config.credentials() == Credentials(
+        tls=TlsCredentials(tmp_path / "a.crt", tmp_path / "a.key", None),
+        curve=CurveCredentials(Path("/b.key"), tmp_path / "in"),
+    )
 
 
 def test_relative_paths_are_beside_the_file(
@@ -115,8 +151,8 @@ def test_other_paths_stay(write: Write, monkeypatch: pytest.MonkeyPatch) -> None
         (load_cloud_config, CLOUD + "zzz: 4\n", ["'zzz'", "known keys: listen, shard"]),
         (
             load_edge_config,
-            EDGE + "payload: {exchnge: fp16}\n",
-            ["'payload.exchnge'", "did you mean exchange"],
+            EDGE + "payload: {up: {exchnge: fp16}}\n",
+            ["'payload.up.exchnge'", "did you mean exchange"],
         ),
         (
             load_edge_config,
@@ -149,8 +185,10 @@ def test_unknown_keys(write: Write, load: Any, text: str, said: list[str]) -> No
         (load_cloud_config, "listen: 5\nshard: x\n", "listen: "),
         (load_cloud_config, "listen: a\nshard: [x]\n", "shard: "),
         (load_cloud_config, CLOUD + "1: 2\n", "1"),
-        (load_edge_config, EDGE + "payload: fp16\n", "payload: "),
-        (load_edge_config, EDGE + "payload: {exchange: int3}\n", "payload.exchange: "),
+        (load_edge_config, EDGE + "payload: int3\n", "payload: no payload codec 'int3'"),
+        (load_edge_config, EDGE + "payload: {up: {exchange: []}}\n", "payload.up.exchange: "),
+        (load_edge_config, EDGE + "payload: 16\n", "payload: "),
+        (load_edge_config, EDGE + "curve: {key: a}\n", "curve.trust: Field required"),
         (load_edge_config, EDGE + "sampling: {top_p: 2}\n", "sampling.top_p: "),
         (load_edge_config, EDGE + "sampling: {stop: word}\n", "sampling.stop: "),
         (load_edge_config, EDGE + "sampling: {temperature: .nan}\n", "sampling.temperature: "),

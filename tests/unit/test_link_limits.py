@@ -20,7 +20,7 @@ from privatelora.errors import (
     TransportTimeout,
 )
 from privatelora.runtime.generation import Context
-from privatelora.runtime.split_model import Codecs, SplitSequence
+from privatelora.runtime.split_model import SplitSequence
 from privatelora.runtime.wire.messages import (
     ErrorCode,
     ErrorReply,
@@ -34,7 +34,7 @@ from privatelora.runtime.wire.messages import (
 from privatelora.transports.base import Connection
 from tests.unit.peers import RawCloud, raw_cloud, tensor
 from tests.unit.waiting import Recorder, let_run
-from tests.unit.world import PRINTS, ROOMY, assert_same, serving, solo, world
+from tests.unit.world import FP16, FP32, PRINTS, ROOMY, assert_same, serving, solo, world
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -215,7 +215,7 @@ async def test_positions_of_a_sequence_are_limited() -> None:
         await context.aclose()
         link = await model.link()
         with pytest.raises(RequestError, match=r"17 positions is not possible.* up to 16"):
-            await link.open_session(17, "fp32", "fp32", lambda point, z: z)
+            await link.open_session(17, lambda point, z: z)
         assert link.is_open
         await model.aclose()
 
@@ -223,9 +223,22 @@ async def test_positions_of_a_sequence_are_limited() -> None:
 async def test_a_codec_the_cloud_does_not_have() -> None:
     split = world()
     async with serving(split.service().handle) as address:
-        model = split.split(address, codecs=Codecs("fp32", "int3"))
+        model = split.split(address, codecs=replace(FP32, exchange_down="int3"))
+        with pytest.raises(ConfigError, match=r"payload.down.exchange: .* not know int3; .*fp16"):
+            await model.open_sequence(16)
+        await model.aclose()
+
+
+async def test_a_session_that_asks_for_a_codec_the_cloud_does_not_have() -> None:
+    split = world()
+    async with serving(split.service().handle) as address:
+        model = split.split(address)
+        link = await model.link()
+        link.codecs = replace(FP32, exchange_down="int3")
         with pytest.raises(RequestError, match="cannot write int3"):
             await model.open_sequence(16)
+        link.codecs = FP32
+        await model.open_sequence(16)
         await model.aclose()
 
 
@@ -257,10 +270,13 @@ async def test_an_answer_that_overflows_ends_that_sequence_only() -> None:
     split = replace(base, weights=weights)
     expected = await solo(split.unsplit(), PROMPT)
     async with serving(split.service().handle) as address:
-        model, careful = split.split(address, codecs=Codecs()), split.split(address)
+        model, careful = split.split(address, codecs=FP16), split.split(address)
         other = await careful.open_sequence(64)
-        neighbour = SplitSequence(careful._parts, await model.link(), Codecs("fp32", "fp32"))
+        link = await model.link()
+        link.codecs = FP32
+        neighbour = SplitSequence(careful._parts, link)
         await neighbour.open(64)
+        link.codecs = FP16
         for sequence in (other, neighbour):
             await sequence.forward(PROMPT[:9], 0, "none")
         narrow = await model.open_sequence(64)
@@ -280,7 +296,7 @@ async def test_a_request_that_overflows_ends_that_sequence_only() -> None:
     name = "points.2.lora_A.weight"
     loud = replace(split, tensors={**split.tensors, name: split.tensors[name] * 1e7})
     async with serving(loud.service(replace(ROOMY, max_sessions=2)).handle) as address:
-        model, other = split.split(address, codecs=Codecs()), split.split(address)
+        model, other = split.split(address, codecs=FP16), split.split(address)
         careful, narrow = await other.open_sequence(64), await model.open_sequence(64)
         with pytest.raises(PrivateLoRAError, match="fp16 cannot carry"):
             await narrow.forward(PROMPT, 0, "last")
@@ -299,7 +315,7 @@ async def test_hidden_states_that_overflow_here_leave_the_sequence_usable() -> N
     embed_tokens[77] = 1e6
     loud = replace(split, tensors={**split.tensors, "model.embed_tokens.weight": embed_tokens})
     async with serving(split.service().handle) as address:
-        model = loud.split(address, codecs=Codecs("fp16", "fp32"))
+        model = loud.split(address, codecs=replace(FP32, hidden_states_up="fp16"))
         sequence = await model.open_sequence(64)
         with pytest.raises(ConfigError, match="fp16 cannot carry"):
             await sequence.forward([*PROMPT[:3], 77], 0, "last")

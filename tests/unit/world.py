@@ -20,17 +20,19 @@ from privatelora.partition.plan import Plan, Target
 from privatelora.partition.plan_file import make_plan
 from privatelora.runtime.cloud_link import LinkSettings
 from privatelora.runtime.cloud_service import CloudLimits, CloudService
+from privatelora.runtime.codecs import CodecPreferences, Codecs
 from privatelora.runtime.engine import Engine
 from privatelora.runtime.exchange import PrivateMatrices
 from privatelora.runtime.language_model import Ends, LanguageModel, UnsplitModel
-from privatelora.runtime.split_model import Codecs, EdgeParts, SplitModel
+from privatelora.runtime.split_model import EdgeParts, SplitModel
 from privatelora.runtime.wire.messages import Fingerprints
 from privatelora.transports.base import Handler, Limits
 from privatelora.transports.registry import listen
 from tests.partition.tiny import tiny_model
 
 CPU = torch.device("cpu")
-FP32 = Codecs("fp32", "fp32")
+FP32 = Codecs("fp32", "fp32", "fp32", "fp32")
+FP16 = Codecs("fp16", "fp16", "fp16", "fp16")
 ROOMY = CloudLimits(
     max_sessions=8, max_positions=128, max_cached_positions=1024, max_frame_nbytes=2**20
 )
@@ -99,8 +101,7 @@ class World:
         return SplitModel(
             parts,
             fingerprints,
-            LinkSettings(address, **settings),
-            codecs,
+            LinkSettings(address, CodecPreferences.only(codecs), **settings),
             max_positions,
             max_step_positions,
         )
