@@ -200,6 +200,7 @@ def _engine(
                 "shard": str(place / "shards/edge"),
                 "adapter": config["adapter"],
                 "spin_us": SPIN_US,
+                "payload": "fp16",
                 **common,
             }
             config["edge_config"] = str(_write(place / "edge.yaml", edge))

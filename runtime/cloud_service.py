@@ -249,6 +249,7 @@ class _Peer:
                 f"a step begins at position {position} of a sequence of {session.num_positions}"
                 + (" with steps in flight" if session.steps else "")
             )
+        session.kv.check_room(position, n)  # a compressed tensor may be small and have many rows
         hidden_states = unpack(message.hidden_states, engine.device, engine.dtype)
         step = engine.begin(hidden_states, position, session.kv)
         num_opening = len(plan.opening_layers)

@@ -41,6 +41,7 @@ shard: shards/edge
 adapter: adapter.safetensors
 num_threads: {num_threads}
 spin_us: 5000
+payload: fp16  # on one machine bytes cost nothing; the default is for networks
 """
 
 

@@ -10,15 +10,23 @@ import torch
 class PayloadCodec(ABC):
     """One way to write a tensor (rows, features) as bytes.
 
-    The number of bytes follows from the shape alone, so a receiver can refuse a payload
-    before it allocates anything for it. Empty tensors never get here.
+    Its plain size follows from the shape alone, and only a codec that compresses may write
+    fewer bytes. So a receiver can refuse a payload before it allocates anything for it. It
+    should have compared the shape with the one that is due: a small payload may rightly be a
+    tensor 255 times its size. Empty tensors never get here.
     """
 
     name: str
+    number_nbytes: int = 1
+    """Bytes of a number if each is written whole; 1 if the bytes lie in planes already."""
 
     @abstractmethod
     def nbytes(self, rows: int, features: int) -> int:
-        """Size of an encoded tensor of this shape."""
+        """Plain size of an encoded tensor of this shape: the largest it can have."""
+
+    def accepts(self, nbytes: int, rows: int, features: int) -> bool:
+        """Whether ``nbytes`` can be the size of an encoded tensor of this shape."""
+        return nbytes == self.nbytes(rows, features)
 
     @abstractmethod
     def encode(self, tensor: torch.Tensor) -> memoryview:
@@ -36,7 +44,7 @@ class PayloadCodec(ABC):
         device: torch.device,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        """Tensor (rows, features) out of ``nbytes(rows, features)`` bytes.
+        """Tensor (rows, features) out of as many bytes as ``accepts`` allows.
 
-        Raises RemoteProtocolError for bytes that this codec never writes.
+        Raises RemoteProtocolError for bytes that stand for no such tensor.
         """

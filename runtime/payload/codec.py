@@ -1,11 +1,12 @@
 """Tensors to bytes and back, by the name of a codec.
 
-    fp16   IEEE 754 binary16
-    bf16   bfloat16
-    fp32   IEEE 754 binary32
+    fp32 fp16 bf16            IEEE 754 binary32 and binary16, and bfloat16
+    int12 int10 int8 int6 int4    integers, with a scale for every 32 numbers of a row
+    fp8                       E4M3, with a scale for every 128 numbers of a row
+    NAME+lz4                  any of these as an LZ4 block, where that is smaller
 
 Shapes are (rows, features). Everything else that a codec may be is its own affair, behind
-``PayloadCodec``.
+``PayloadCodec``; docs/PROTOCOL.md says what the bytes are.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import torch
 
 from privatelora.errors import ConfigError, RemoteProtocolError
 from privatelora.runtime.payload.base import PayloadCodec
+from privatelora.runtime.payload.compressed import Lz4Codec
+from privatelora.runtime.payload.names import CODEC_NAMES as CODEC_NAMES
 from privatelora.runtime.payload.plain import PLAIN_CODECS
+from privatelora.runtime.payload.scaled import SCALED_CODECS
 
-_CODECS: dict[str, PayloadCodec] = {codec.name: codec for codec in PLAIN_CODECS}
-
-CODEC_NAMES: tuple[str, ...] = tuple(_CODECS)
-"""Codecs that this installation can encode and decode, smallest first."""
+_UNCOMPRESSED: tuple[PayloadCodec, ...] = (*PLAIN_CODECS, *SCALED_CODECS)
+_CODECS = {codec.name: codec for codec in (*_UNCOMPRESSED, *map(Lz4Codec, _UNCOMPRESSED))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,11 @@ class EncodedTensor:
     codec: str
     shape: tuple[int, int]
     data: memoryview
+
+
+def plain_nbytes(codec: str, shape: tuple[int, int]) -> int:
+    """Bytes of a tensor (rows, features) in a known codec; compressed ones take at most these."""
+    return _CODECS[codec].nbytes(*shape)
 
 
 def encode(tensor: torch.Tensor, codec: str) -> EncodedTensor:
@@ -61,9 +68,10 @@ def decode(
 ) -> torch.Tensor:
     """Read a tensor (rows, features) from a peer's bytes.
 
-    The tensor may be the memory of ``data`` and keeps it alive. Raises RemoteProtocolError,
-    before anything is allocated, if there is no such codec or the size is not exactly that of
-    the shape.
+    The tensor may be the memory of ``data`` and keeps it alive. Its size is bounded by that of
+    ``data``, if only 255 fold where a codec compresses: compare ``shape`` with the one that is
+    due first. Raises RemoteProtocolError: before anything is allocated if there is no such codec
+    or the size cannot be that of the shape, and for bytes that stand for no tensor.
     """
     found = _CODECS.get(codec)
     if found is None:
@@ -73,7 +81,7 @@ def decode(
         )
     rows, features = shape
     view = memoryview(data)
-    if rows < 0 or features < 0 or view.nbytes != found.nbytes(rows, features):
+    if rows < 0 or features < 0 or not found.accepts(view.nbytes, rows, features):
         raise RemoteProtocolError(
             f"a tensor of {rows} x {features} in {codec} came as {view.nbytes} bytes; it takes "
             f"{found.nbytes(rows, features)}"

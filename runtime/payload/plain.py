@@ -17,12 +17,13 @@ class PlainCodec(PayloadCodec):
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         self.name = name
+        self.number_nbytes = dtype.itemsize
         self._dtype = dtype
         self._max = torch.finfo(dtype).max
 
     def nbytes(self, rows: int, features: int) -> int:
         """Size of an encoded tensor of this shape."""
-        return rows * features * self._dtype.itemsize
+        return rows * features * self.number_nbytes
 
     def encode(self, tensor: torch.Tensor) -> memoryview:
         """Bytes of a tensor, without a copy if it is contiguous, on a CPU and of this format.

@@ -37,8 +37,8 @@ ALIGNMENT = 16
 # The prelude of a step message never varies, so it is read as one number and compared.
 _ONE_TENSOR = struct.Struct("<QQQIIIIQ16s")
 _TWO_TENSORS = struct.Struct("<QQQIIIIQ16sIIQ16s")
-_ONE_NBYTES = _ONE_TENSOR.size
-_TWO_NBYTES = _TWO_TENSORS.size
+ONE_TENSOR_HEADER_NBYTES = _ONE_TENSOR.size
+TWO_TENSORS_HEADER_NBYTES = _TWO_TENSORS.size
 
 
 def _prelude(kind: type[Message], layout: struct.Struct) -> int:
@@ -164,22 +164,22 @@ def _encode_step_begin(message: StepBegin) -> tuple[Buffer, ...]:
 def _decode_one(
     frame: memoryview, limits: WireLimits, kind: type[Message], prelude: int
 ) -> tuple[int, int, int, TensorPayload]:
-    if len(frame) < _ONE_NBYTES:
-        raise _truncated(frame, kind, _ONE_NBYTES)
+    if len(frame) < ONE_TENSOR_HEADER_NBYTES:
+        raise _truncated(frame, kind, ONE_TENSOR_HEADER_NBYTES)
     found, session_id, step_id, point, zero, rows, features, nbytes, codec = (
         _ONE_TENSOR.unpack_from(frame)
     )
     if found != prelude:
-        check_prelude(frame, kind, _ONE_NBYTES - PRELUDE.size)
+        check_prelude(frame, kind, ONE_TENSOR_HEADER_NBYTES - PRELUDE.size)
     if zero:
         raise RemoteProtocolError(f"{kind.__name__}: the reserved field is {zero} instead of 0")
     if (session_id | step_id) >> ID_BITS:
         raise _bad_id(kind)
     if rows > limits.max_rows or features > limits.max_features:
         raise _bad_shape(kind, rows, features, limits)
-    if nbytes != len(frame) - _ONE_NBYTES:
-        raise _bad_size(kind, nbytes, len(frame) - _ONE_NBYTES)
-    data = frame[_ONE_NBYTES:]
+    if nbytes != len(frame) - ONE_TENSOR_HEADER_NBYTES:
+        raise _bad_size(kind, nbytes, len(frame) - ONE_TENSOR_HEADER_NBYTES)
+    data = frame[ONE_TENSOR_HEADER_NBYTES:]
     return session_id, step_id, point, TensorPayload(_codec_name(codec), (rows, features), data)
 
 
@@ -199,13 +199,13 @@ def _decode_step_end(frame: memoryview, limits: WireLimits) -> StepEnd:
 
 
 def _decode_step_begin(frame: memoryview, limits: WireLimits) -> StepBegin:
-    if len(frame) < _TWO_NBYTES:
-        raise _truncated(frame, StepBegin, _TWO_NBYTES)
+    if len(frame) < TWO_TENSORS_HEADER_NBYTES:
+        raise _truncated(frame, StepBegin, TWO_TENSORS_HEADER_NBYTES)
     prelude, session_id, step_id, position, output_rows, rows, features, nbytes, codec, *opening = (
         _TWO_TENSORS.unpack_from(frame)
     )
     if prelude != _STEP_BEGIN:
-        check_prelude(frame, StepBegin, _TWO_NBYTES - PRELUDE.size)
+        check_prelude(frame, StepBegin, TWO_TENSORS_HEADER_NBYTES - PRELUDE.size)
     if (session_id | step_id) >> ID_BITS:
         raise _bad_id(StepBegin)
     if output_rows >= len(_OUTPUT_ROWS):
@@ -214,13 +214,13 @@ def _decode_step_begin(frame: memoryview, limits: WireLimits) -> StepBegin:
         raise _bad_shape(StepBegin, rows, features, limits)
     if not rows:
         raise RemoteProtocolError("StepBegin: a step of no rows")
-    end = _TWO_NBYTES + nbytes
+    end = TWO_TENSORS_HEADER_NBYTES + nbytes
     return StepBegin(
         session_id,
         step_id,
         position,
         _OUTPUT_ROWS[output_rows],
-        TensorPayload(_codec_name(codec), (rows, features), frame[_TWO_NBYTES:end]),
+        TensorPayload(_codec_name(codec), (rows, features), frame[TWO_TENSORS_HEADER_NBYTES:end]),
         _decode_opening(frame, limits, end, rows, *opening),
     )
 
@@ -238,7 +238,9 @@ def _decode_opening(
     """Tensor after the one that ends at ``end``, with which the frame has to end."""
     if (rows, features, nbytes, codec) == _NO_TENSOR:
         if end != len(frame):
-            raise _bad_size(StepBegin, end - _TWO_NBYTES, len(frame) - _TWO_NBYTES)
+            raise _bad_size(
+                StepBegin, end - TWO_TENSORS_HEADER_NBYTES, len(frame) - TWO_TENSORS_HEADER_NBYTES
+            )
         return None
     if rows != step_rows:
         raise RemoteProtocolError(f"StepBegin: opening has {rows} rows in a step of {step_rows}")
@@ -246,7 +248,11 @@ def _decode_opening(
         raise _bad_shape(StepBegin, rows, features, limits)
     start = end + -end % ALIGNMENT
     if start + nbytes != len(frame):
-        raise _bad_size(StepBegin, start - _TWO_NBYTES + nbytes, len(frame) - _TWO_NBYTES)
+        raise _bad_size(
+            StepBegin,
+            start - TWO_TENSORS_HEADER_NBYTES + nbytes,
+            len(frame) - TWO_TENSORS_HEADER_NBYTES,
+        )
     if any(frame[end:start]):
         raise RemoteProtocolError("StepBegin: the padding between two tensors is not zero")
     return TensorPayload(_codec_name(codec), (rows, features), frame[start:])

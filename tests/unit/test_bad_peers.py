@@ -151,6 +151,19 @@ async def test_a_step_beyond_the_session_ends_the_session_only() -> None:
             assert (await edge.hear(ExchangeRequest)).session_id == session_id
 
 
+async def test_rows_beyond_the_session_are_not_even_unpacked() -> None:
+    rows = 2**15
+    split = world()
+    async with serving(split.service().handle) as address, raw_edge(split, address) as edge:
+        await edge.open(0)
+        bomb = TensorPayload("fp32+lz4", (rows, HIDDEN), bytes(rows * HIDDEN * 4 // 250))
+        step = replace(edge.begin(0, 0, 0, TOKENS), hidden_states=bomb, opening=None)
+        await edge.say(step)
+        error = await edge.hear_error()
+        assert (error.code, error.session_id) == (ErrorCode.REQUEST, 0)
+        assert f"positions 0 to {rows - 1} do not fit" in error.message
+
+
 async def test_what_an_edge_gives_up_is_free_again() -> None:
     split = world()
     async with (

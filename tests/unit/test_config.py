@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from privatelora.errors import ConfigError
 from privatelora.partition.plan_file import read_plan_file
-from privatelora.runtime.codecs import CodecPreferences, Codecs
+from privatelora.runtime.codecs import CodecPreferences
 from privatelora.runtime.config import (
     CloudConfig,
     EdgeConfig,
@@ -34,6 +34,12 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
     "plan": read_plan_file,
 }
 CLOUD = "listen: tcp://127.0.0.1:0\nshard: shards/cloud\n"
+DEFAULT_CODECS = CodecPreferences(
+    hidden_states_up=("int8", "fp16"),
+    exchange_up=("int6", "fp16"),
+    hidden_states_down=("int12", "fp16"),
+    exchange_down=("int6", "fp16"),
+)
 EDGE = "cloud: tcp://127.0.0.1:1\nshard: shards/edge\n"
 
 
@@ -71,9 +77,7 @@ def test_cloud_defaults(write: Write) -> None:
 def test_edge_defaults(write: Write) -> None:
     config = load_edge_config(write(EDGE))
     assert config.adapter is None
-    assert config.payload.preferences() == CodecPreferences.only(
-        Codecs("fp16", "fp16", "fp16", "fp16")
-    )
+    assert config.payload.preferences() == DEFAULT_CODECS
     assert config.credentials() == NO_CREDENTIALS
     assert config.sampling == SamplingParams()
     assert config.system_prompt is None
@@ -95,11 +99,14 @@ def test_what_is_written_is_what_is_read(write: Write) -> None:
     ("payload", "expected"),
     [
         ("fp32", [("fp32",)] * 4),
-        ("{up: bf16}", [("bf16",), ("bf16",), ("fp16",), ("fp16",)]),
-        ("{up: {exchange: bf16}}", [("fp16",), ("bf16",), ("fp16",), ("fp16",)]),
+        ("{up: bf16}", [("bf16",), ("bf16",), ("int12", "fp16"), ("int6", "fp16")]),
+        (
+            "{up: {exchange: bf16}}",
+            [("int8", "fp16"), ("bf16",), ("int12", "fp16"), ("int6", "fp16")],
+        ),
         (
             "{up: fp32, down: {hidden_states: [bf16, fp32]}}",
-            [("fp32",), ("fp32",), ("bf16", "fp32"), ("fp16",)],
+            [("fp32",), ("fp32",), ("bf16", "fp32"), ("int6", "fp16")],
         ),
     ],
 )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from privatelora.errors import RemoteProtocolError
 from privatelora.runtime.payload.codec import CODEC_NAMES
 from privatelora.runtime.payload.codec import decode as decode_tensor
+from privatelora.runtime.payload.codec import encode as encode_tensor
 from privatelora.runtime.wire import control
 from privatelora.runtime.wire.codec import decode, encode
 from privatelora.runtime.wire.messages import (
@@ -25,6 +28,7 @@ from privatelora.runtime.wire.messages import (
 from privatelora.runtime.wire.prelude import MAX_SESSIONS, MAX_STEPS, TYPES, WireLimits
 from tests.wire.samples import SAMPLES, frame_of
 
+CPU = torch.device("cpu")
 TEXT = (Path(__file__).parents[2] / "docs" / "PROTOCOL.md").read_text(encoding="utf-8")
 
 
@@ -61,7 +65,7 @@ def test_the_numbers_in_the_examples_are_what_they_say() -> None:
             tensor.codec,
             tensor.shape,
             tensor.data,
-            device=torch.device("cpu"),
+            device=CPU,
             dtype=torch.float32,
         )
         assert decoded.tolist() == [values]
@@ -102,5 +106,34 @@ def test_the_bounds_are_those_of_the_code() -> None:
         assert sentence in text, sentence
     for code in ErrorCode:
         assert f"`{code.value}`" in TEXT
-    for codec in CODEC_NAMES:
-        assert f"`{codec}` (" in TEXT
+
+
+def test_the_codecs_are_listed() -> None:
+    section = TEXT.partition("### Codecs")[2].partition("**")[0]
+    lines = re.findall(r"^\| (`.*) \|$", section, re.M)
+    rows = [[cell.strip(" `") for cell in line.split("|")] for line in lines]
+    names = [name for name, *_ in rows]
+    assert (*names, *(f"{name}+lz4" for name in names)) == CODEC_NAMES
+    assert "**`+lz4`**" in TEXT
+    shape = (3, 150)
+    for name, _, group, planes, largest_scale in rows:
+        data = bytearray(encode_tensor(torch.zeros(shape), name).data)
+        if not group:
+            continue
+        widths = [int(width) for width in planes.split(",")]
+        row_nbytes = [2 * math.ceil(150 / int(group)), *(math.ceil(150 * w / 8) for w in widths)]
+        assert len(data) == 3 * sum(row_nbytes)
+        data[:2] = int(largest_scale, 16).to_bytes(2, "little")
+        decode_tensor(name, shape, data, device=CPU, dtype=torch.float32)
+        data[:2] = (int(largest_scale, 16) + 1).to_bytes(2, "little")
+        with pytest.raises(RemoteProtocolError):
+            decode_tensor(name, shape, data, device=CPU, dtype=torch.float32)
+
+
+def test_the_example_of_a_codec_is_what_it_says() -> None:
+    numbers = re.search(r"Data of the row ([-\d, ]+) in `int6`", TEXT)
+    assert numbers is not None
+    row = [float(number) for number in numbers[1].split(",")]
+    assert encode_tensor(torch.tensor([row]), "int6").data == example("int6")
+    result = decode_tensor("int6", (1, 5), example("int6"), device=CPU, dtype=torch.float32)
+    assert result.tolist() == [row]
