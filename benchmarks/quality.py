@@ -32,15 +32,10 @@ from privatelora.partition.plan_file import make_plan
 from privatelora.partition.split import make_basis, partition_checkpoint
 from privatelora.runtime.cloud import Cloud
 from privatelora.runtime.codecs import Codecs
-from privatelora.runtime.config import (
-    CloudConfig,
-    DownConfig,
-    EdgeConfig,
-    PayloadConfig,
-    UpConfig,
-)
+from privatelora.runtime.config import CloudConfig, EdgeConfig
 from privatelora.runtime.edge import Edge
 from privatelora.runtime.generation import Context, GenerationStats, generate_tokens
+from privatelora.runtime.link_config import DownConfig, PayloadConfig, UpConfig
 from privatelora.runtime.loop import run
 from privatelora.runtime.sampling_params import SamplingParams
 

@@ -26,6 +26,7 @@ from privatelora.errors import (
 )
 from privatelora.runtime.codecs import CodecPreferences, Codecs, choose_codecs
 from privatelora.runtime.language_model import Traffic
+from privatelora.runtime.link_config import ImpairedConfig
 from privatelora.runtime.payload.codec import CODEC_NAMES
 from privatelora.runtime.wire.failures import error_reply, exception_from
 from privatelora.runtime.wire.handshake import check_hello
@@ -49,6 +50,7 @@ from privatelora.runtime.wire.prelude import WireLimits
 from privatelora.runtime.wire.state import WireConnection
 from privatelora.transports.base import NO_CREDENTIALS, Connection, Credentials, Limits
 from privatelora.transports.flow import again
+from privatelora.transports.impaired import impaired
 from privatelora.transports.registry import connect
 
 logger = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ class LinkSettings:
     address: str
     codecs: CodecPreferences
     credentials: Credentials = NO_CREDENTIALS
+    impaired: ImpairedConfig | None = None
     connect_timeout_s: float = 10.0
     step_timeout_s: float = 120.0
     max_frame_nbytes: int = 64 * 2**20
@@ -80,9 +83,13 @@ async def open_link(settings: LinkSettings, fingerprints: Fingerprints) -> Cloud
     limits = Limits(
         max_frame_nbytes=settings.max_frame_nbytes,
         connect_timeout_s=settings.connect_timeout_s,
-        spin_s=settings.spin_s,
+        spin_s=settings.spin_s if settings.impaired is None else 0.0,
     )
     connection = await connect(settings.address, limits, settings.credentials)
+    if (worse := settings.impaired) is not None:
+        logger.warning("the link to %s is impaired, as the settings say", settings.address)
+        up, down = worse.up.impairment(), worse.down.impairment()
+        connection = impaired(connection, limits, send=up, receive=down, seed=worse.seed)
     try:
         wire = WireConnection(Role.EDGE, WireLimits())
         ours = Hello(

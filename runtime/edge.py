@@ -42,6 +42,7 @@ class Edge:
                 address=config.cloud,
                 codecs=config.payload.preferences(),
                 credentials=config.credentials(),
+                impaired=config.impaired,
                 connect_timeout_s=config.connect_timeout_s,
                 step_timeout_s=config.step_timeout_s,
                 max_frame_nbytes=config.max_frame_mib * 2**20,

@@ -140,7 +140,10 @@ class Connection(ABC):
 
     @property
     def identity(self) -> str | None:
-        """What the peer has proven to be (``tls:`` or ``curve:`` and its public key), or None."""
+        """What the peer has proven to be, or None.
+
+        ``tls:`` and the SHA-256 of its certificate, or ``curve:`` and its public key.
+        """
         return None
 
     @abstractmethod

@@ -17,6 +17,8 @@ HEADER = struct.Struct("<4sI")
 HEADER_NBYTES = HEADER.size
 MAGIC = b"PLR1"
 
+_TLS_RECORDS = (b"\x15\x03", b"\x16\x03")
+"""How an alert and a handshake begin, from a peer that takes this end for a TLS one."""
 _BUFFER_NBYTES = 64 * 1024
 _SMALL_FRAME_NBYTES = 16 * 1024
 """A larger frame that has not arrived whole is read into memory of its own."""
@@ -153,7 +155,10 @@ class FrameReader:
 
     def _not_a_frame(self, start: int) -> RemoteProtocolError:
         found = bytes(self._buffer[start : min(start + 16, self._end)])
+        hint = "check that the address and port belong to a PrivateLoRA peer of this version"
+        if found.startswith(_TLS_RECORDS):
+            hint = "it speaks TLS: use tls:// on both ends or on neither"
         return RemoteProtocolError(
             f"{self._peer} does not send PrivateLoRA frames (found {found!r}, expected {MAGIC!r}); "
-            "check that the address and port belong to a PrivateLoRA peer of this version"
+            f"{hint}"
         )

@@ -15,6 +15,7 @@ import inspect
 from privatelora.errors import ConfigError
 from privatelora.transports.address import parse_address
 from privatelora.transports.base import (
+    NO_CREDENTIALS,
     Connection,
     Credentials,
     Handler,
@@ -27,16 +28,19 @@ ENTRY_POINT_GROUP = "privatelora.transports"
 
 _BUILT_IN = {
     "inproc": "privatelora.transports.inproc:InprocTransport",
+    "shm": "privatelora.transports.shm:ShmTransport",
     "tcp": "privatelora.transports.tcp:TcpTransport",
+    "tls": "privatelora.transports.tls:TlsTransport",
+    "zmq+ipc": "privatelora.transports.zeromq:ZmqTransport",
+    "zmq+tcp": "privatelora.transports.zeromq:ZmqTransport",
 }
 _DEFAULT_LIMITS = Limits()
-_NO_CREDENTIALS = Credentials()
 
 
 async def connect(
     address: str,
     limits: Limits = _DEFAULT_LIMITS,
-    credentials: Credentials = _NO_CREDENTIALS,
+    credentials: Credentials = NO_CREDENTIALS,
 ) -> Connection:
     """Open a connection to a contact address.
 
@@ -49,7 +53,7 @@ async def listen(
     address: str,
     handler: Handler,
     limits: Limits = _DEFAULT_LIMITS,
-    credentials: Credentials = _NO_CREDENTIALS,
+    credentials: Credentials = NO_CREDENTIALS,
 ) -> Listener:
     """Listen on an address and run ``handler`` for each connection.
 

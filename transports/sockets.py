@@ -13,8 +13,9 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 from privatelora.errors import ConnectError, TransportTimeout
 from privatelora.transports.address import Address
@@ -30,8 +31,9 @@ _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 # Without these the system looks after a silent peer only after two hours.
 _KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 
-# family, and what bind and connect take
-_Endpoint = tuple[socket.AddressFamily, Any]
+Endpoint = tuple[socket.AddressFamily, Any]
+"""Family, and what bind and connect take."""
+_Connected = TypeVar("_Connected")
 
 
 async def wait_writable(
@@ -48,8 +50,10 @@ async def wait_writable(
 
 
 def configure(sock: socket.socket) -> None:
-    """Set what every connected socket has: non-blocking, no delay, keep-alive."""
+    """Set what every connected socket has: non-blocking, and with TCP no delay and keep-alive."""
     sock.setblocking(False)
+    if sock.family == socket.AF_UNIX:
+        return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in _KEEPALIVE.items():
@@ -82,6 +86,17 @@ async def open_connection(address: Address, timeout_s: float) -> socket.socket:
 
     Raises ConfigError, ConnectError or TransportTimeout.
     """
+    return await dial(address, timeout_s, partial(_connect, asyncio.get_running_loop()))
+
+
+async def dial(
+    address: Address, timeout_s: float, connect: Callable[[Endpoint], Awaitable[_Connected]]
+) -> _Connected:
+    """Call ``connect`` for every IP of a contact address's host until one raises no OSError.
+
+    Raises what ``connect`` does, but of OSErrors makes ConnectError and TransportTimeout;
+    ConfigError.
+    """
     host, port = address.require_contact()
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_s
@@ -94,7 +109,7 @@ async def open_connection(address: Address, timeout_s: float) -> socket.socket:
                 share_s = (deadline - loop.time()) / (len(endpoints) - index)
                 try:
                     async with asyncio.timeout(share_s):
-                        return await _connect(loop, endpoint)
+                        return await connect(endpoint)
                 except OSError as failure:
                     # A refusal says more than the silence of another address.
                     if error is None or isinstance(error, TimeoutError):
@@ -121,7 +136,7 @@ async def open_listeners(address: Address) -> list[socket.socket]:
     sockets: list[socket.socket] = []
     error: OSError | None = None
     if host == "*":
-        candidates: list[_Endpoint] = [(socket.AF_INET6, ("::", port))]
+        candidates: list[Endpoint] = [(socket.AF_INET6, ("::", port))]
         if not socket.has_dualstack_ipv6():
             candidates = [(socket.AF_INET, ("0.0.0.0", port))]
     else:
@@ -148,13 +163,18 @@ class AcceptLoop:
     """Accepts on listening sockets, which it owns, and hands over configured sockets.
 
     ``on_accept`` must not wait; an OSError from it means that the peer is already gone.
+    ``address``: the listener's, for the log; None for what a TCP socket itself says.
     """
 
     def __init__(
-        self, sockets: Sequence[socket.socket], on_accept: Callable[[socket.socket], None]
+        self,
+        sockets: Sequence[socket.socket],
+        on_accept: Callable[[socket.socket], None],
+        address: str | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._on_accept = on_accept
+        self._address = address
         self._sockets = tuple(sockets)
         self._retries: dict[socket.socket, asyncio.TimerHandle] = {}
         for sock in self._sockets:
@@ -182,7 +202,7 @@ class AcceptLoop:
             except OSError as error:
                 _logger.error(
                     "%s cannot accept: %s; trying again in %g s",
-                    endpoint_text("tcp", listening.getsockname()),
+                    self._address or endpoint_text("tcp", listening.getsockname()),
                     _reason(error),
                     ACCEPT_RETRY_S,
                 )
@@ -198,7 +218,7 @@ class AcceptLoop:
                 sock.close()
 
 
-async def _resolve(address: Address, host: str, port: int) -> list[_Endpoint]:
+async def _resolve(address: Address, host: str, port: int) -> list[Endpoint]:
     try:
         try:
             # Numbers need no name service, and so no thread.
@@ -217,7 +237,7 @@ async def _resolve(address: Address, host: str, port: int) -> list[_Endpoint]:
     return [(family, sockaddr) for family, _type, _proto, _canonical, sockaddr in infos]
 
 
-async def _connect(loop: asyncio.AbstractEventLoop, endpoint: _Endpoint) -> socket.socket:
+async def _connect(loop: asyncio.AbstractEventLoop, endpoint: Endpoint) -> socket.socket:
     family, sockaddr = endpoint
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -237,7 +257,7 @@ async def _connect(loop: asyncio.AbstractEventLoop, endpoint: _Endpoint) -> sock
     return sock
 
 
-def _listen(endpoint: _Endpoint, *, dual_stack: bool) -> socket.socket:
+def _listen(endpoint: Endpoint, *, dual_stack: bool) -> socket.socket:
     family, sockaddr = endpoint
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:

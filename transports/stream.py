@@ -112,9 +112,15 @@ class StreamConnection(QueuedConnection):
             closed = self._lost(error)
             self._refusal = self._broken = closed
             raise again(closed) from error
+        except RemoteProtocolError as error:
+            # The receiver gets the error itself.
+            self._fail(error)
+            raise ConnectionClosed(f"the connection was aborted: {error}") from error
 
     async def _write_rest(self, buffers: Sequence[Buffer], num_written: int) -> None:
-        rest = _after(num_written, [memoryview(part).cast("B") for part in buffers])
+        # Without empty ones: a memoryview with a zero in its shape cannot be cast.
+        views = [view.cast("B") for part in buffers if (view := memoryview(part)).nbytes]
+        rest = _after(num_written, views)
         in_frame = num_written > 0
         try:
             async with self._turns:

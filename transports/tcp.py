@@ -30,16 +30,13 @@ from privatelora.transports.sockets import (
 from privatelora.transports.stream import StreamConnection
 
 
-class TcpStream:
-    """A connected, configured socket, which it owns, as a ByteStream.
-
-    Raises OSError if the peer is already gone.
-    """
+class SocketStream:
+    """A connected, non-blocking stream socket, which it owns, as a ByteStream."""
 
     identity: str | None = None
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.peer = endpoint_text("tcp", sock.getpeername())
+    def __init__(self, sock: socket.socket, peer: str) -> None:
+        self.peer = peer
         self._sock = sock
         self._fd = sock.fileno()
         self._loop = asyncio.get_running_loop()
@@ -54,6 +51,8 @@ class TcpStream:
 
     def start_reading(self, callback: Callable[[], None]) -> None:
         """See ByteStream."""
+        # A handle that has reported an error is dead in uvloop, until it is removed.
+        self._loop.remove_reader(self._fd)
         self._loop.add_reader(self._fd, callback)
 
     def stop_reading(self) -> None:
@@ -84,7 +83,8 @@ def tcp_connection(sock: socket.socket, limits: Limits) -> StreamConnection:
 
     Raises OSError if the peer is already gone.
     """
-    return StreamConnection(TcpStream(sock), limits, limits.spin_s or 0.0)
+    stream = SocketStream(sock, endpoint_text("tcp", sock.getpeername()))
+    return StreamConnection(stream, limits, limits.spin_s or 0.0)
 
 
 class TcpListener(Listener):

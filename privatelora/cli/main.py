@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from privatelora import __version__
-from privatelora.cli import adapter, chat, demo, generate, partition
+from privatelora.cli import adapter, chat, demo, generate, keys, partition
 from privatelora.cli._app import run
 
 app = typer.Typer(
@@ -37,6 +37,7 @@ partition.register(app)
 adapter.register(app)
 chat.register(app)
 generate.register(app)
+keys.register(app)
 demo.register(app)
 
 

@@ -26,7 +26,7 @@ PATIENCE_S = 60
 Event = dict[str, Any]
 
 
-def environment() -> dict[str, str]:
+def usual_environment() -> dict[str, str]:
     """This process' environment for children: one thread each, no GPU, no network, no colours."""
     changes = {
         "OMP_NUM_THREADS": "1",
@@ -44,15 +44,17 @@ class Process:
     Leaving the context kills it if it still runs.
     """
 
-    def __init__(self, module: str, *arguments: object) -> None:
-        """Start ``python -m module arguments``."""
+    def __init__(
+        self, module: str, *arguments: object, environment: dict[str, str] | None = None
+    ) -> None:
+        """Start ``python -m module arguments``, with ``environment`` added to the usual one."""
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  # closed when the context is left
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env=environment(),
+            env={**usual_environment(), **(environment or {})},
         )
         self._lines: queue.Queue[bytes] = queue.Queue()
         self._reader = threading.Thread(target=self._read)
@@ -164,7 +166,7 @@ class Commands:
             [sys.executable, "-m", "tests.e2e.fork_server"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment(),
+            env=usual_environment(),
         )
 
     def run(self, module: str, *arguments: object, stdin: str = "") -> Result:

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from privatelora.runtime.cloud import Cloud
-from privatelora.runtime.config import CloudConfig, EdgeConfig, PayloadConfig
+from privatelora.runtime.config import CloudConfig, EdgeConfig
 from privatelora.runtime.edge import Edge
 from privatelora.runtime.language_model import LanguageModel
+from privatelora.runtime.link_config import PayloadConfig
 from tests.e2e.deployment import Deployment, tiny_deployment
 from tests.e2e.reference import greedy_with_logits
 from tests.partition.tiny import FAMILIES

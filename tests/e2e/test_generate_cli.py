@@ -127,7 +127,11 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "chat": (MAIN, "chat"),
     "generate": (MAIN, "generate"),
     "demo": (MAIN, "demo"),
+    "keys new": (MAIN, "keys", "new"),
     "bench overhead": (BENCH, "overhead"),
+    "bench transport": (BENCH, "transport"),
+    "bench quality": (BENCH, "quality"),
+    "bench emulator": (BENCH, "emulator"),
 }
 
 
@@ -139,7 +143,9 @@ def test_help_shows_an_example(commands: Commands, name: str) -> None:
     assert "Example" in result.out
 
 
-@pytest.mark.parametrize("group", [(MAIN,), (MAIN, "adapter"), (BENCH,)], ids=" ".join)
+@pytest.mark.parametrize(
+    "group", [(MAIN,), (MAIN, "adapter"), (MAIN, "keys"), (BENCH,)], ids=" ".join
+)
 def test_help_of_a_group_names_its_commands(commands: Commands, group: tuple[str, ...]) -> None:
     result = commands.run(*group, "--help")
     assert result.code == 0, result.err

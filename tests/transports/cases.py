@@ -6,16 +6,30 @@ A new transport joins by adding a Case to CASES.
 from __future__ import annotations
 
 import itertools
+import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from privatelora.transports import registry
-from privatelora.transports.base import Connection, Credentials, Handler, Limits, Listener
+from privatelora.transports.base import (
+    NO_CREDENTIALS,
+    Connection,
+    Credentials,
+    Handler,
+    Limits,
+    Listener,
+)
+from privatelora.transports.emulated_link import Impairment
+from privatelora.transports.impaired import impaired
+from tests.transports import third_party
+from tests.transports.curve_keyrings import curve
+from tests.transports.tls_keyrings import tls
 
 _numbers = itertools.count()
 _LIMITS = Limits()
-_NO_CREDENTIALS = Credentials()
+_SHORT_DELAY = Impairment(delay_ms=0.5, jitter_ms=0.2)
 
 
 @dataclass(frozen=True)
@@ -25,8 +39,8 @@ class Keyring:
     ``strangers``: credentials that the listener, or a client of the real listener, must refuse.
     """
 
-    listener: Credentials = _NO_CREDENTIALS
-    client: Credentials = _NO_CREDENTIALS
+    listener: Credentials = NO_CREDENTIALS
+    client: Credentials = NO_CREDENTIALS
     strangers: tuple[Credentials, ...] = ()
 
 
@@ -35,8 +49,10 @@ class Case:
     """What the suite has to know about a transport.
 
     ``listen_address``: a listen address that is free. ``dead_address``: a contact address
-    where nothing listens. ``cuts_frames``: whether a send can be interrupted after a part of
-    its frame has left. ``keyring``: makes the keys at the first call, the same ones later.
+    where nothing listens. ``cuts_frames``: whether a part of a frame leaves while the one before
+    it is not taken, so that its send can be interrupted in mid-frame. ``keyring``: makes the
+    keys at the first call, the same ones later. ``mechanisms``: the credentials that the scheme
+    can use, by the names of their fields. ``wrap``: what becomes of a client's connection.
     """
 
     name: str
@@ -45,6 +61,8 @@ class Case:
     dead_address: Callable[[], str]
     cuts_frames: bool
     keyring: Callable[[], Keyring] = Keyring
+    mechanisms: tuple[str, ...] = ()
+    wrap: Callable[[Connection, Limits], Connection] | None = None
 
     async def listen(
         self, handler: Handler, limits: Limits = _LIMITS, address: str | None = None
@@ -55,7 +73,8 @@ class Case:
 
     async def connect(self, address: str, limits: Limits = _LIMITS) -> Connection:
         """Connect as a client that belongs."""
-        return await registry.connect(address, limits, self.keyring().client)
+        connection = await registry.connect(address, limits, self.keyring().client)
+        return connection if self.wrap is None else self.wrap(connection, limits)
 
 
 def free_tcp_port() -> int:
@@ -74,10 +93,104 @@ CASES = [
         cuts_frames=False,
     ),
     Case(
+        name="shm",
+        scheme="shm",
+        listen_address=lambda: f"shm://conformance-{os.getpid()}-{next(_numbers)}",
+        dead_address=lambda: f"shm://nobody-{os.getpid()}-{next(_numbers)}",
+        cuts_frames=True,
+    ),
+    Case(
         name="tcp",
         scheme="tcp",
         listen_address=lambda: "tcp://127.0.0.1:0",
         dead_address=lambda: f"tcp://127.0.0.1:{free_tcp_port()}",
+        cuts_frames=True,
+    ),
+    Case(
+        name="impaired+tcp",
+        scheme="tcp",
+        listen_address=lambda: "tcp://127.0.0.1:0",
+        dead_address=lambda: f"tcp://127.0.0.1:{free_tcp_port()}",
+        cuts_frames=True,
+        wrap=partial(impaired, send=Impairment(), receive=Impairment(), seed=1),
+    ),
+    Case(
+        name="delayed+tcp",
+        scheme="tcp",
+        listen_address=lambda: "tcp://127.0.0.1:0",
+        dead_address=lambda: f"tcp://127.0.0.1:{free_tcp_port()}",
+        cuts_frames=True,
+        wrap=partial(impaired, send=_SHORT_DELAY, receive=_SHORT_DELAY, seed=1),
+    ),
+    Case(
+        name="tls",
+        scheme="tls",
+        listen_address=lambda: "tls://127.0.0.1:0",
+        dead_address=lambda: f"tls://127.0.0.1:{free_tcp_port()}",
+        cuts_frames=True,
+        mechanisms=("tls",),
+        keyring=lambda: Keyring(
+            listener=tls("cloud"),
+            client=tls(trust="cloud"),
+            strangers=(NO_CREDENTIALS, tls(trust="edge"), tls("edge", trust="stranger")),
+        ),
+    ),
+    Case(
+        name="tls with client certificates",
+        scheme="tls",
+        listen_address=lambda: "tls://127.0.0.1:0",
+        dead_address=lambda: f"tls://127.0.0.1:{free_tcp_port()}",
+        cuts_frames=True,
+        mechanisms=("tls",),
+        keyring=lambda: Keyring(
+            listener=tls("cloud", trust="edge"),
+            client=tls("edge", trust="cloud"),
+            strangers=(
+                NO_CREDENTIALS,
+                tls(trust="cloud"),
+                tls("stranger", trust="cloud"),
+                tls("edge", trust="stranger"),
+            ),
+        ),
+    ),
+    Case(
+        name="zmq+tcp",
+        scheme="zmq+tcp",
+        listen_address=lambda: "zmq+tcp://127.0.0.1:0",
+        dead_address=lambda: f"zmq+tcp://127.0.0.1:{free_tcp_port()}",
+        cuts_frames=False,
+        mechanisms=("curve",),
+    ),
+    Case(
+        name="zmq+ipc",
+        scheme="zmq+ipc",
+        listen_address=lambda: f"zmq+ipc://conformance-{os.getpid()}-{next(_numbers)}",
+        dead_address=lambda: f"zmq+ipc://nobody-{os.getpid()}-{next(_numbers)}",
+        cuts_frames=False,
+        mechanisms=("curve",),
+    ),
+    Case(
+        name="zmq+tcp with CURVE",
+        scheme="zmq+tcp",
+        listen_address=lambda: "zmq+tcp://127.0.0.1:0",
+        dead_address=lambda: f"zmq+tcp://127.0.0.1:{free_tcp_port()}",
+        cuts_frames=False,
+        mechanisms=("curve",),
+        keyring=lambda: Keyring(
+            listener=curve("cloud", trust="edge"),
+            client=curve("edge", trust="cloud"),
+            strangers=(
+                NO_CREDENTIALS,
+                curve("stranger", trust="cloud"),
+                curve("edge", trust="stranger"),
+            ),
+        ),
+    ),
+    Case(
+        name="third-party unix",
+        scheme="unix",
+        listen_address=third_party.free_address,
+        dead_address=third_party.free_address,
         cuts_frames=True,
     ),
 ]

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Protocol
 
 import pytest
 import uvloop
 
 from privatelora.transports.base import Connection, Limits
+from privatelora.transports.emulated_link import Impairment
+from privatelora.transports.registry import listen
 from tests.transports.cases import CASES, Case
+from tests.transports.impaired_rig import LIMITS, NOTHING, MakeRig, Rig
+from tests.transports.support import SMALL_QUEUE
 
 
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
@@ -96,3 +102,64 @@ async def open_pair(case: Case) -> AsyncIterator[OpenPair]:
             return client, await accepted.get()
 
         yield open_pair
+
+
+_shm_numbers = itertools.count()
+
+
+@pytest.fixture
+def shm_address() -> Iterator[str]:
+    """A free address; afterwards nothing of it must be left."""
+    name = f"test-{os.getpid()}-{next(_shm_numbers)}"
+    yield f"shm://{name}"
+    assert [file for file in os.listdir("/dev/shm") if "privatelora" in file] == []
+    assert name not in Path("/proc/net/unix").read_text()
+
+
+class ShmAccept(Protocol):
+    async def __call__(self, limits: Limits = ...) -> asyncio.Queue[Connection]: ...
+
+
+@pytest.fixture
+async def shm_accept(shm_address: str) -> AsyncIterator[ShmAccept]:
+    """Listens on ``shm_address``; returns a queue of the connections."""
+    async with AsyncExitStack() as stack:
+
+        async def accept(limits: Limits = SMALL_QUEUE) -> asyncio.Queue[Connection]:
+            accepted: asyncio.Queue[Connection] = asyncio.Queue()
+
+            async def handler(connection: Connection) -> None:
+                accepted.put_nowait(connection)
+                await asyncio.Event().wait()
+
+            listener = await listen(shm_address, handler, limits)
+            stack.push_async_callback(listener.aclose)
+            return accepted
+
+        yield accept
+
+
+@pytest.fixture(params=["send", "receive"])
+def direction(request: pytest.FixtureRequest) -> str:
+    """Which direction of an impaired connection a test is about."""
+    found: str = request.param
+    return found
+
+
+@pytest.fixture
+async def make_rig() -> AsyncIterator[MakeRig]:
+    """Makes rigs; aborts their connections afterwards."""
+    with contextlib.ExitStack() as stack:
+
+        def make_rig(
+            *,
+            send: Impairment = NOTHING,
+            receive: Impairment = NOTHING,
+            seed: int = 1,
+            limits: Limits = LIMITS,
+        ) -> Rig:
+            rig = Rig(send, receive, seed, limits)
+            stack.callback(rig.near.abort)
+            return rig
+
+        yield make_rig

@@ -31,6 +31,12 @@ async def received(connection: Connection) -> bytes:
     return bytes(await connection.recv())
 
 
+async def echoes(connection: Connection, frame: bytes = b"well?") -> None:
+    """What is sent comes back: the handler at the other end is ``echo``."""
+    await connection.send(frame)
+    assert await received(connection) == frame
+
+
 async def settled(condition: Callable[[], bool]) -> None:
     """Let the loop run until ``condition`` holds."""
     async with asyncio.timeout(10):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import ctypes
 import random
 
 import pytest
@@ -81,8 +82,9 @@ async def test_large_frames(open_pair: OpenPair, nbytes: int) -> None:
         (memoryview(b"abcdef").cast("B", (2, 3)),),
         tuple(bytes([number % 256]) for number in range(5000)),
         (b"h" * 20, b"p" * (3 * MIB), b"", b"t" * MIB),
+        (memoryview((ctypes.c_float * 3 * 0)()), b"p" * (8 * MIB)),
     ],
-    ids=["none", "empty", "empties", "mixed", "floats", "2d", "5000 parts", "large parts"],
+    ids=["none", "empty", "empties", "mixed", "floats", "2d", "5000 parts", "large", "no rows"],
 )
 async def test_parts_are_concatenated(open_pair: OpenPair, parts: tuple[Buffer, ...]) -> None:
     client, server = await open_pair()

@@ -297,3 +297,14 @@ async def test_last_words_survive_a_failed_send(open_raw: OpenRaw) -> None:
     assert await received(connection) == b"because"
     with pytest.raises(ConnectionClosed):
         await connection.recv()
+
+
+async def test_close_after_a_reset_behind_frames(open_raw: OpenRaw) -> None:
+    """uvloop has told of the reset by then, and gives up its own handle on the socket."""
+    raw, connection = await open_raw()
+    raw.sendall(framed(b"one") + framed(b"two"))
+    reset(raw)
+    await settled(lambda: connection.counters.received_frames == 2)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    await connection.aclose()

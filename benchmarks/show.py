@@ -1,0 +1,183 @@
+"""Results as people look at them: tables in the terminal and pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from privatelora.errors import ConfigError
+
+
+def spread(figure: dict[str, Any]) -> str:
+    """``median (min-max)``."""
+    return f"{figure['median']:.3g} ({figure['min']:.3g}-{figure['max']:.3g})"
+
+
+def overhead_table(result: dict[str, Any]) -> Table:
+    """Of ``measure_overhead``."""
+    table = Table(
+        title="Decoding, median (min-max); threads are per process, and split is two of them"
+    )
+    for heading in ("round trips", "engine", "threads", "dtype", "tokens/s", "split / it"):
+        table.add_column(heading, no_wrap=True)
+    for arrangement in result["arrangements"]:
+        label = str(arrangement["round_trips_per_token"])
+        for row in arrangement["rows"]:
+            ratio = arrangement.get(f"split_vs_{row['engine']}")
+            table.add_row(
+                label,
+                row["engine"].removesuffix("_all_cpus"),
+                str(row["num_threads"]),
+                row["dtype"],
+                spread(row["tokens_per_s"]),
+                "" if ratio is None else spread(ratio),
+            )
+            label = ""
+    return table
+
+
+def transport_table(result: dict[str, Any]) -> Table:
+    """Of ``measure_transports``."""
+    settings = result["settings"]
+    table = Table(
+        title=f"Round trips of {settings['frame_nbytes']} bytes in us, and MiB/s each way in "
+        f"frames of {settings['large_frame_nbytes'] >> 20} MiB; ratios are median (min-max)"
+    )
+    for heading in ("transport", "p50", "p99", "p50 / bare", "p50 / tcp", "MiB/s", "MiB/s / bare"):
+        table.add_column(heading, no_wrap=True)
+    for row in result["rows"]:
+        table.add_row(
+            row["transport"],
+            f"{row['rtt_us_p50']:.1f}",
+            f"{row['rtt_us_p99']:.1f}",
+            *(
+                spread(row[name]) if name in row else ""
+                for name in ("vs_bare_p50_spread", "vs_tcp_p50")
+            ),
+            f"{row['large_mib_per_s']:.0f}",
+            spread(row["large_vs_bare"]) if "large_vs_bare" in row else "",
+        )
+    return table
+
+
+def transport_plot(result: dict[str, Any], file: Path) -> None:
+    """Bars of p50 with p99 as whiskers, and of throughput."""
+    pyplot = _pyplot()
+    rows = result["rows"]
+    names = [row["transport"] for row in rows]
+    colours = ["0.7" if "bare" in name else "tab:blue" for name in names]
+    p50 = [row["rtt_us_p50"] for row in rows]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 0.5 * len(rows) + 1.5), sharey=True)
+    left.barh(names, p50, color=colours)
+    left.errorbar(
+        p50,
+        names,
+        xerr=[[0.0] * len(rows), [row["rtt_us_p99"] - row["rtt_us_p50"] for row in rows]],
+        fmt="none",
+        ecolor="black",
+        capsize=3,
+    )
+    left.set_xlabel(
+        f"round trip of {result['settings']['frame_nbytes']} bytes, us: p50, line to p99"
+    )
+    left.invert_yaxis()
+    right.barh(names, [row["large_mib_per_s"] for row in rows], color=colours)
+    right.set_xlabel("8 MiB frames, MiB/s each way")
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def emulator_table(result: dict[str, Any]) -> Table:
+    """Of ``measure_emulator``."""
+    table = Table(title=f"Impaired TCP, frames of {result['frame_nbytes']} bytes and more")
+    for heading in ("set", "measured", "p99", "off by"):
+        table.add_column(heading, no_wrap=True)
+    for row in result["rtt_rows"]:
+        table.add_row(
+            f"{row['set_rtt_ms']:g} ms",
+            f"{row['rtt_ms_p50']:.2f} ms",
+            f"{row['rtt_ms_p99']:.2f} ms",
+            f"{row['rtt_ms_p50'] - row['set_rtt_ms']:+.2f} ms",
+        )
+    for row in result["bandwidth_rows"]:
+        table.add_row(
+            f"{row['set_mbps']:g} Mbps {row['direction']}",
+            f"{row['mbps']:.4g} Mbps",
+            "",
+            f"{row['ratio'] - 1:+.1%}",
+        )
+    return table
+
+
+def quality_table(result: dict[str, Any]) -> Table:
+    """Of ``measure_quality``."""
+    base, settings = result["base_model"], result["settings"]
+    shapes = list(result["rows"][0]["7b"])
+    table = Table(
+        title=f"Against fp32 over {base['positions']} positions; bytes of a token both ways. The "
+        f"adapter (std {settings['adapter_std']}) changes {1 - base['top1_agreement']:.0%} of the "
+        f"base model's choices. Last columns: fewer bytes than full hidden states, 7B"
+    )
+    headings = ("codec", "direction", "bytes", "KL", "top-1 agreement", "perplexity", *shapes)
+    for heading in headings:
+        table.add_column(heading, no_wrap=True)
+    for row in result["rows"]:
+        table.add_row(
+            row["codec"],
+            row["direction"],
+            f"{row['bytes_per_token']:.0f}",
+            f"{row['kl']:.2e}",
+            f"{row['top1_agreement']:.2%}",
+            f"{row['perplexity']:.3f}",
+            *(f"{row['7b'][shape]['fewer']:.2%}" for shape in shapes),
+        )
+    return table
+
+
+def quality_plot(result: dict[str, Any], file: Path) -> None:
+    """KL to fp32 against bytes, for codecs used both ways."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for row in result["rows"]:
+        if row["direction"] != "both" or row["kl"] <= 0:
+            continue
+        is_default = row["codec"] == "default"
+        axes.scatter(row["bytes_per_token"], row["kl"], color="tab:red" if is_default else "0.4")
+        axes.annotate(
+            f"{row['codec']} ({row['top1_agreement']:.1%})",
+            (row["bytes_per_token"], row["kl"]),
+            xytext=(5, 4),
+            textcoords="offset points",
+        )
+    axes.set_yscale("log")
+    axes.set_xlabel("bytes per decoded token, both ways, with headers")
+    axes.set_ylabel("KL(fp32 || codec), nats per token")
+    axes.set_title("Payload codecs; in brackets the share of tokens with the same first choice")
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def check_plotting(file: Path | None) -> None:
+    """Raise ConfigError if ``file`` is wanted and cannot be drawn: before the work."""
+    if file is None:
+        return
+    _pyplot()
+    if file.suffix.lower() != ".png":
+        raise ConfigError(f"--plot {file}: pictures are PNG files; choose a name that ends in .png")
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError(
+            "--plot needs matplotlib; install it with: pip install 'privatelora[bench]'"
+        ) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

@@ -1,0 +1,94 @@
+"""The benchmarks, small: what they write is complete and makes sense. No figure is a test."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.e2e.processes import BENCH, Commands
+from tests.partition.tiny import save_tiny
+
+PNG = b"\x89PNG"
+
+
+def result(commands: Commands, directory: Path, *arguments: object) -> dict[str, Any]:
+    """What a benchmark wrote to its JSON file; its table must have been shown."""
+    file = directory / "result.json"
+    found = commands.run(BENCH, *arguments, "--json", file)
+    assert found.code == 0, found.err
+    assert "│" in found.out
+    content: dict[str, Any] = json.loads(file.read_text())
+    assert content["machine"]["num_cpus"] >= 1
+    return content
+
+
+def test_transport(commands: Commands, tmp_path: Path) -> None:
+    arguments = ("--rounds", 1, "--round-trips", 100, "--plot", tmp_path / "plot.png")
+    content = result(commands, tmp_path, "transport", *arguments)
+    assert content["unavailable"] == {}
+    rows = {row["transport"]: row for row in content["rows"]}
+    ours = {"tcp", "tls", "zmq+tcp", "zmq+tcp curve", "zmq+ipc", "shm"}
+    assert set(rows) == ours | {"bare uvloop", "bare pyzmq"}
+    for name, row in rows.items():
+        assert 0 < row["rtt_us_p50"] <= row["rtt_us_p99"]
+        assert row["large_mib_per_s"] > 0
+        if name in ours:
+            bare = rows[row["bare"]]["rtt_us_p50"]
+            assert abs(row["vs_bare_p50"] - row["rtt_us_p50"] / bare) < 1e-9
+    assert (tmp_path / "plot.png").read_bytes().startswith(PNG)
+
+
+def test_quality(commands: Commands, tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text("She sells apples. The weather in the mountains is fine. " * 10)
+    content = result(
+        commands,
+        tmp_path,
+        "quality",
+        *("--model", model, "--rank", 8, "--text", text, "--sequences", 2, "--tokens", 48),
+        *("--codecs", "fp16,int8,int4,fp16+lz4", "--by-kind", "--plot", tmp_path / "plot.png"),
+    )
+    rows = {(row["codec"], row["direction"]): row for row in content["rows"]}
+    assert len(rows) == 2 + 4 * 7
+    exact = rows["fp32", "both"]
+    assert (exact["kl"], exact["top1_agreement"], exact["positions"]) == (0, 1, 96)
+    codecs = ("fp32", "fp16", "int8", "int4")
+    nbytes = [rows[codec, "both"]["bytes_per_token"] for codec in codecs]
+    assert nbytes == sorted(nbytes, reverse=True)
+    kls = [rows[codec, "both"]["kl"] for codec in codecs]
+    assert kls == sorted(kls)
+    assert content["base_model"]["kl"] > 0
+    assert rows["fp16+lz4", "both"]["kl"] == rows["fp16", "both"]["kl"]
+    assert rows["fp16+lz4", "both"]["bytes_per_token"] <= nbytes[1]
+    for direction in ("up", "down"):
+        one_way = rows["int8", direction]["bytes_per_token"]
+        assert nbytes[2] < one_way < nbytes[0]
+    assert exact["7b"]["per layer, rank 128"]["payload_nbytes"] == 4 * 32384
+    assert (tmp_path / "plot.png").read_bytes().startswith(PNG)
+
+
+def test_emulator(commands: Commands, tmp_path: Path) -> None:
+    content = result(commands, tmp_path, "emulator", "--rtt-ms", "1", "--mbps", "10")
+    [rtt] = content["rtt_rows"]
+    assert rtt["set_rtt_ms"] == 1
+    assert rtt["rtt_ms_p50"] >= 1
+    up, down = content["bandwidth_rows"]
+    assert (up["direction"], down["direction"]) == ("up", "down")
+    assert 0 < up["mbps"] < 11
+
+
+def test_options_that_make_no_sense(commands: Commands, tmp_path: Path) -> None:
+    for arguments, said in (
+        (("transport", "--transports", "pigeon"), "no transport 'pigeon' to measure; choose from"),
+        (("transport", "--plot", "plot.jpg"), "choose a name that ends in .png"),
+        (("quality", "--codecs", "int3"), "--codecs 'int3': choose from fp32, fp16"),
+        (("emulator", "--mbps", "fast"), "--mbps 'fast': give numbers, such as 1,20"),
+        (("emulator", "--mbps", "-5"), "bandwidth_mbps must be at least"),
+    ):
+        found = commands.run(BENCH, *arguments)
+        assert (found.code, found.out) == (1, "")
+        assert found.err.startswith("error: ")
+        assert said in found.err
+        assert found.err.count("\n") == 1

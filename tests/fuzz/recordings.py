@@ -1,0 +1,278 @@
+"""Recorded conversations: what each end said and heard, in its own order.
+
+Their beginnings lead an end into every state, and their frames are what the fuzzer changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import cycle, islice
+
+import torch
+
+from privatelora.runtime.payload.codec import CODEC_NAMES
+from privatelora.runtime.tensors import pack
+from privatelora.runtime.wire.messages import (
+    CloseSession,
+    ErrorCode,
+    ErrorReply,
+    ExchangeReply,
+    ExchangeRequest,
+    Message,
+    OpenSession,
+    OutputRows,
+    Role,
+    SessionClosed,
+    SessionOpened,
+    StepBegin,
+    StepEnd,
+    TensorPayload,
+)
+from privatelora.transports.framing import HEADER, MAGIC
+from tests.fuzz.end import HIDDEN, LIMITS, MAX_POSITIONS, OPENING, End, Tally, Y, Z
+from tests.wire.ends import Ends
+from tests.wire.samples import CLOUD_HELLO, EDGE_HELLO
+
+PROMPT_ROWS = 40
+"""Frames of so many rows are larger than those the stream's reader keeps in its buffer."""
+GOODBYE = ErrorReply(ErrorCode.INTERNAL, "no more")
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something said or heard; ``message`` is None for what was heard late."""
+
+    heard: bool
+    message: Message | None
+    frame: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A conversation as one end had it."""
+
+    role: Role
+    events: tuple[Event, ...]
+
+    @property
+    def heard(self) -> tuple[Event, ...]:
+        """What the peer said."""
+        return tuple(event for event in self.events if event.heard)
+
+
+def streamed(frame: bytes) -> bytes:
+    """A frame as a stream carries it."""
+    return HEADER.pack(MAGIC, len(frame)) + frame
+
+
+class Follower(End):
+    """Says what was said in a recording, as long as it hears what was heard there."""
+
+    def __init__(self, recording: Recording, tally: Tally) -> None:
+        super().__init__(recording.role, tally)
+        self._events = iter(recording.events)
+        self._next = next(self._events, None)
+        self._speak()
+
+    def _hear(self, frame: memoryview) -> None:
+        super()._hear(frame)
+        if self._next is not None and frame == self._next.frame:
+            self._next = next(self._events, None)
+            self._speak()
+        else:
+            self._next = None
+
+    def _speak(self) -> None:
+        while self._next is not None and not self._next.heard:
+            assert self._next.message is not None
+            self.say(self._next.message)
+            self._next = next(self._events, None)
+
+
+class _Conversation(Ends):
+    """Two ends that are recorded, and the tensors they send: each in the next codec."""
+
+    def __init__(self, first_codec: int) -> None:
+        super().__init__(LIMITS)
+        self.events: dict[Role, list[Event]] = {Role.EDGE: [], Role.CLOUD: []}
+        self._codecs = islice(cycle(CODEC_NAMES), first_codec, None)
+        self._generator = torch.Generator().manual_seed(first_codec)
+        self._alike = cycle((False, True, True))
+
+    def edge_says(self, message: Message) -> None:
+        super().edge_says(message)
+        self._record(Role.EDGE, False, message, self.to_cloud[-1])
+
+    def cloud_says(self, message: Message) -> None:
+        super().cloud_says(message)
+        self._record(Role.CLOUD, False, message, self.to_edge[-1])
+
+    def cloud_hears(self) -> Message | None:
+        frame = self.to_cloud[0]
+        message = super().cloud_hears()
+        self._record(Role.CLOUD, True, message, frame)
+        return message
+
+    def edge_hears(self) -> Message | None:
+        frame = self.to_edge[0]
+        message = super().edge_hears()
+        self._record(Role.EDGE, True, message, frame)
+        return message
+
+    def _record(self, role: Role, heard: bool, message: Message | None, frame: memoryview) -> None:
+        self.events[role].append(Event(heard, message, bytes(frame)))
+
+    def tensor(self, rows: int, features: int) -> TensorPayload:
+        """Noise, or every other time or so numbers that can be compressed."""
+        tensor = torch.randn(rows, features, generator=self._generator)
+        if next(self._alike):
+            tensor = tensor[:, :1].repeat(1, features)
+        return pack(tensor, next(self._codecs))
+
+    def greet(self) -> None:
+        self.edge_tells(EDGE_HELLO)
+        self.cloud_tells(CLOUD_HELLO)
+
+    def open(self, session_id: int) -> None:
+        self.edge_tells(OpenSession(session_id, MAX_POSITIONS, "fp16", "int8+lz4"))
+        self.cloud_tells(SessionOpened(session_id, MAX_POSITIONS))
+
+    def begin(
+        self, session_id: int, step_id: int, rows: int, wanted: OutputRows, *, opening: bool = True
+    ) -> StepBegin:
+        hidden_states = self.tensor(rows, HIDDEN)
+        y = self.tensor(rows, OPENING) if opening else None
+        return StepBegin(session_id, step_id, step_id, wanted, hidden_states, y)
+
+    def request(self, session_id: int, step_id: int, point: int, rows: int) -> ExchangeRequest:
+        return ExchangeRequest(session_id, step_id, point, self.tensor(rows, Z))
+
+    def reply(self, session_id: int, step_id: int, point: int, rows: int) -> ExchangeReply:
+        return ExchangeReply(session_id, step_id, point, self.tensor(rows, Y))
+
+    def end(self, session_id: int, step_id: int, rows: int) -> StepEnd:
+        return StepEnd(session_id, step_id, self.tensor(rows, HIDDEN))
+
+
+def _steps(ends: _Conversation) -> None:
+    """One step alone, three at a time, three sessions at a time."""
+    ends.greet()
+    ends.open(1)
+    ends.edge_tells(ends.begin(1, 0, 3, OutputRows.ALL))
+    for point in (0, 2):
+        ends.cloud_tells(ends.request(1, 0, point, 3))
+        ends.edge_tells(ends.reply(1, 0, point, 3))
+    ends.cloud_tells(ends.end(1, 0, 3))
+    ends.edge_tells(ends.begin(1, 3, 1, OutputRows.LAST, opening=False))
+    ends.edge_tells(ends.begin(1, 4, 2, OutputRows.NONE))
+    ends.edge_tells(ends.begin(1, 6, 1, OutputRows.ALL))
+    ends.cloud_tells(ends.request(1, 3, 1, 1))
+    ends.cloud_tells(ends.request(1, 4, 1, 2))
+    ends.edge_tells(ends.reply(1, 4, 1, 2))
+    ends.edge_tells(ends.reply(1, 3, 1, 1))
+    ends.cloud_tells(ends.end(1, 3, 1))
+    ends.cloud_tells(ends.end(1, 4, 0))
+    ends.edge_tells(OpenSession(2, MAX_POSITIONS, "fp16", "fp16"))
+    ends.edge_tells(OpenSession(7, MAX_POSITIONS, "fp16", "fp16"))
+    ends.cloud_tells(ErrorReply(ErrorCode.CAPACITY, "no room", 2, {"limit": "2"}))
+    ends.cloud_tells(SessionOpened(7, MAX_POSITIONS))
+    ends.edge_tells(CloseSession(1))
+    ends.cloud_tells(SessionClosed(1))
+    ends.edge_tells(GOODBYE)
+
+
+def _crossings(ends: _Conversation) -> None:
+    """Last words that cross what the other end still says."""
+    ends.greet()
+    ends.edge_tells(OpenSession(1, MAX_POSITIONS, "fp16", "fp16"))
+    ends.cloud_says(SessionOpened(1, MAX_POSITIONS))
+    ends.edge_says(CloseSession(1))
+    ends.edge_hears()
+    ends.cloud_hears()
+    ends.cloud_tells(SessionClosed(1))
+
+    ends.open(2)
+    ends.edge_tells(ends.begin(2, 0, 2, OutputRows.LAST))
+    ends.edge_tells(ends.begin(2, 2, 1, OutputRows.LAST))
+    ends.cloud_says(ends.request(2, 0, 0, 2))
+    ends.cloud_says(ends.end(2, 2, 1))
+    ends.edge_says(ErrorReply(ErrorCode.INTERNAL, "cannot go on", 2))
+    ends.edge_hears()
+    ends.edge_hears()
+    ends.cloud_hears()
+    ends.cloud_tells(ErrorReply(ErrorCode.INTERNAL, "could not tidy up", 2))
+
+    ends.open(3)
+    ends.edge_tells(ends.begin(3, 0, 1, OutputRows.ALL))
+    ends.cloud_tells(ends.request(3, 0, 1, 1))
+    ends.edge_says(ends.begin(3, 1, 1, OutputRows.ALL))
+    ends.edge_says(ends.reply(3, 0, 1, 1))
+    ends.edge_says(CloseSession(3))
+    ends.cloud_says(ErrorReply(ErrorCode.REQUEST, "cannot be done", 3))
+    for _ in range(3):
+        ends.cloud_hears()
+    ends.edge_hears()
+
+    ends.open(4)
+    ends.cloud_says(GOODBYE)
+    ends.edge_says(CloseSession(4))
+    ends.edge_hears()
+    ends.cloud_hears()
+
+
+def _prompt(ends: _Conversation) -> None:
+    """Many rows, and goodbyes that cross."""
+    ends.greet()
+    ends.open(0)
+    ends.edge_tells(ends.begin(0, 0, PROMPT_ROWS, OutputRows.ALL))
+    ends.cloud_tells(ends.request(0, 0, 3, PROMPT_ROWS))
+    ends.edge_tells(ends.reply(0, 0, 3, PROMPT_ROWS))
+    ends.cloud_tells(ends.end(0, 0, PROMPT_ROWS))
+    ends.edge_says(GOODBYE)
+    ends.cloud_says(GOODBYE)
+    ends.edge_hears()
+    ends.cloud_hears()
+
+
+def _refused(ends: _Conversation) -> None:
+    """An edge that is not let in."""
+    ends.edge_tells(EDGE_HELLO)
+    ends.cloud_tells(ErrorReply(ErrorCode.MISMATCH, "another model"))
+
+
+def _unwelcome(ends: _Conversation) -> None:
+    """A cloud that wants to hear nothing."""
+    ends.cloud_says(ErrorReply(ErrorCode.VERSION, "versions differ"))
+    ends.edge_says(EDGE_HELLO)
+    ends.cloud_hears()
+    ends.edge_hears()
+
+
+def _rebuffed(ends: _Conversation) -> None:
+    """An edge that hears something before it says anything."""
+    ends.cloud_tells(ErrorReply(ErrorCode.INTERNAL, "not now"))
+
+
+def _record(script: Callable[[_Conversation], None], first_codec: int) -> Iterator[Recording]:
+    ends = _Conversation(first_codec)
+    script(ends)
+    for role, events in ends.events.items():
+        yield Recording(role, tuple(events))
+
+
+@cache
+def recordings() -> tuple[Recording, ...]:
+    """Every conversation from both ends, in every codec where tensors are sent."""
+    return (
+        *_record(_refused, 0),
+        *_record(_unwelcome, 0),
+        *_record(_rebuffed, 0),
+        *(
+            recording
+            for script in (_steps, _crossings, _prompt)
+            for first_codec in range(len(CODEC_NAMES))
+            for recording in _record(script, first_codec)
+        ),
+    )
