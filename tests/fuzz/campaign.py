@@ -29,7 +29,7 @@ from tests.fuzz.cases import EPISODE, Case, Target, episode_targets, make_case
 from tests.fuzz.end import LIMITS, End, Tally
 
 MAX_FRAME_US = 10_000.0
-"""A frame that keeps an end busy for longer is a finding, unless it is faster when tried again."""
+"""A frame that keeps an end busy for longer, whenever it is tried, is a finding."""
 MAX_GROWTH_NBYTES = 32 * 2**20
 """So is a process that grows by more."""
 WARM_UP_FRAMES = 2_000
@@ -78,8 +78,8 @@ class Campaign:
     Needs a running event loop and ``garbage_apart``.
 
     ``outcomes`` counts frames as they were sent. Each may arrive as none, one or two; those are
-    in ``tally``. ``slowest``: microseconds, and which frame. ``growth_nbytes``: by how much the
-    process has grown at most.
+    in ``tally``. ``slowest``: microseconds of the slowest frame, the fastest of some tries, and
+    which it was. ``growth_nbytes``: by how much the process has grown.
     """
 
     def __init__(self, seed: int, start: int = 0) -> None:
@@ -103,12 +103,8 @@ class Campaign:
         """Go on to frame ``stop - 1``. Raises Finding."""
         for index in range(self._index, stop):
             duration_us = self._try(index)
-            if duration_us > MAX_FRAME_US:
-                again = [Campaign(self.seed, index)._reach(index) for _ in range(_NUM_REPEATS)]
-                duration_us = min(duration_us, *again)
-                if duration_us > MAX_FRAME_US:
-                    raise self._finding(f"a frame took {duration_us:.0f} us", index)
-            self.slowest = max(self.slowest, (duration_us, index))
+            if duration_us > self.slowest[0]:
+                self._watch_time(duration_us, index)
             self._watch_memory(index)
         self._index = max(stop, self._index)
 
@@ -144,6 +140,17 @@ class Campaign:
         except Exception as other:  # whatever it is, it is a finding
             raise self._finding(f"{type(other).__name__}: {other}", index) from other
         return duration_us
+
+    def _watch_time(self, duration_us: float, index: int) -> None:
+        """Try a frame that was slow again, because other programs may have been busy."""
+        slowest_us, _ = self.slowest
+        for _ in range(_NUM_REPEATS):
+            duration_us = min(duration_us, Campaign(self.seed, index)._reach(index))
+            if duration_us <= slowest_us:
+                return
+        self.slowest = duration_us, index
+        if duration_us > MAX_FRAME_US:
+            raise self._finding(f"a frame took {duration_us:.0f} us", index)
 
     def _watch_memory(self, index: int) -> None:
         if self.num_frames < WARM_UP_FRAMES:

@@ -57,7 +57,9 @@ def targets() -> tuple[Target, ...]:
 
 @cache
 def _frames() -> tuple[bytes, ...]:
-    return tuple({event.frame for recording in recordings() for event in recording.heard})
+    # Each once, in an order that is the same in every process.
+    frames = (event.frame for recording in recordings() for event in recording.heard)
+    return tuple(dict.fromkeys(frames))
 
 
 class Case(NamedTuple):

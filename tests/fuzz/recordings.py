@@ -53,6 +53,7 @@ class Event:
 class Recording:
     """A conversation as one end had it."""
 
+    name: str
     role: Role
     events: tuple[Event, ...]
 
@@ -216,8 +217,11 @@ def _crossings(ends: _Conversation) -> None:
     ends.edge_hears()
 
     ends.open(4)
+    ends.edge_tells(CloseSession(4))
+    ends.edge_tells(OpenSession(5, MAX_POSITIONS, "fp16", "fp16"))
+    ends.cloud_tells(SessionClosed(4))
     ends.cloud_says(GOODBYE)
-    ends.edge_says(CloseSession(4))
+    ends.edge_says(CloseSession(5))
     ends.edge_hears()
     ends.cloud_hears()
 
@@ -234,6 +238,12 @@ def _prompt(ends: _Conversation) -> None:
     ends.cloud_says(GOODBYE)
     ends.edge_hears()
     ends.cloud_hears()
+
+
+def _gone(ends: _Conversation) -> None:
+    """An edge that thinks better of it."""
+    ends.edge_tells(EDGE_HELLO)
+    ends.edge_tells(GOODBYE)
 
 
 def _refused(ends: _Conversation) -> None:
@@ -259,13 +269,14 @@ def _record(script: Callable[[_Conversation], None], first_codec: int) -> Iterat
     ends = _Conversation(first_codec)
     script(ends)
     for role, events in ends.events.items():
-        yield Recording(role, tuple(events))
+        yield Recording(f"{script.__name__[1:]}-{first_codec}-{role}", role, tuple(events))
 
 
 @cache
 def recordings() -> tuple[Recording, ...]:
     """Every conversation from both ends, in every codec where tensors are sent."""
     return (
+        *_record(_gone, 0),
         *_record(_refused, 0),
         *_record(_unwelcome, 0),
         *_record(_rebuffed, 0),
