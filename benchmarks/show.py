@@ -38,6 +38,97 @@ def overhead_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def serve_table(result: dict[str, Any]) -> Table:
+    """Of ``measure_serving``."""
+    table = Table(
+        title=f"Sessions on one cloud, {result['round_trips_per_token']} round trips per token"
+    )
+    headings = ("RTT", "sessions", "tokens/s", "each", "ms/token p50", "p99", "of roofline")
+    for heading in headings:
+        table.add_column(heading, no_wrap=True)
+    for row in result["rows"]:
+        table.add_row(
+            f"{row['rtt_ms']:g} ms",
+            str(row["sessions"]),
+            f"{row['aggregate_tokens_per_s']:.1f}",
+            f"{row['session_tokens_per_s']:.2f}",
+            f"{row['time_per_token_ms_p50']:.1f}",
+            f"{row['time_per_token_ms_p99']:.1f}",
+            f"{row['vs_roofline']:.2f}",
+        )
+    return table
+
+
+def serve_plot(result: dict[str, Any], file: Path) -> None:
+    """Aggregate tokens/s against sessions, a line for each distance, with its roofline."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for index, rtt_ms in enumerate(sorted({row["rtt_ms"] for row in result["rows"]})):
+        rows = [row for row in result["rows"] if row["rtt_ms"] == rtt_ms]
+        sessions = [row["sessions"] for row in rows]
+        measured = [row["aggregate_tokens_per_s"] for row in rows]
+        roofline = [row["roofline_tokens_per_s"] for row in rows]
+        axes.plot(sessions, measured, "o-", color=f"C{index}", label=f"RTT {rtt_ms:g} ms")
+        if rtt_ms:
+            axes.plot(sessions, roofline, "--", color=f"C{index}", alpha=0.5)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("sessions")
+    axes.set_ylabel("tokens/s of all sessions together (dashed: roofline)")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def scheduling_table(result: dict[str, Any]) -> Table:
+    """Of ``measure_scheduling``: what depends on sessions and distance."""
+    settings = result["settings"]
+    costs = {row["sessions"]: row["us_per_step"] for row in result["cost_rows"]}
+    table = Table(
+        title=f"Decoding over {settings['num_segments']} segments, simulated; scheduling takes "
+        + ", ".join(f"{us:.1f} us a step for {sessions}" for sessions, us in costs.items())
+        + " sessions"
+    )
+    headings = (
+        *("RTT", "sessions", "policy", "tokens/s", "of roofline"),
+        *("ms/token p50", "p99", "largest", "fairness", "rows"),
+    )
+    for heading in headings:
+        table.add_column(heading, no_wrap=True)
+    for row in result["rows"]:
+        table.add_row(
+            f"{row['rtt_ms']:g} ms",
+            str(row["sessions"]),
+            row["policy"],
+            f"{row['aggregate_tokens_per_s']:.1f}",
+            f"{row['vs_roofline']:.2f}",
+            f"{row['time_per_token_ms_p50']:.0f}",
+            f"{row['time_per_token_ms_p99']:.0f}",
+            f"{row['largest_gap_ms']:.0f}",
+            f"{row['fairness']:.3f}",
+            f"{row['mean_batch_rows']:.1f}",
+        )
+    return table
+
+
+def situations_table(result: dict[str, Any]) -> Table:
+    """Of ``measure_situations``."""
+    table = Table(title="What single sessions cost the others")
+    for heading in ("situation", "figure", "value"):
+        table.add_column(heading, no_wrap=True)
+    for name, figures in result["straggler"].items():
+        rate = figures["aggregate_tokens_per_s"]
+        table.add_row(name.replace("_", " "), "tokens/s of the other 15", f"{rate:.2f}")
+    for name, figures in result["long_prompt"].items():
+        label = f"long prompt in {name}"
+        table.add_row(label, "its first token after", f"{figures['time_to_first_token_s']:.2f} s")
+        for when in ("before", "after"):
+            gap = figures[f"largest_gap_{when}_ms"]
+            table.add_row("", f"largest gap of the others, {when}", f"{gap:.0f} ms")
+    return table
+
+
 def transport_table(result: dict[str, Any]) -> Table:
     """Of ``measure_transports``."""
     settings = result["settings"]
@@ -115,13 +206,13 @@ def emulator_table(result: dict[str, Any]) -> Table:
 def quality_table(result: dict[str, Any]) -> Table:
     """Of ``measure_quality``."""
     base, settings = result["base_model"], result["settings"]
-    shapes = list(result["rows"][0]["7b"])
+    shapes = {"7B per layer": "per layer, rank 128", "7B grouped": "every 8, rank 32"}
     table = Table(
         title=f"Against fp32 over {base['positions']} positions; bytes of a token both ways. The "
         f"adapter (std {settings['adapter_std']}) changes {1 - base['top1_agreement']:.0%} of the "
-        f"base model's choices. Last columns: fewer bytes than full hidden states, 7B"
+        f"base model's choices. 7B: how many bytes fewer than full hidden states"
     )
-    headings = ("codec", "direction", "bytes", "KL", "top-1 agreement", "perplexity", *shapes)
+    headings = ("codec", "direction", "bytes", "KL", "top-1", "perplexity", *shapes)
     for heading in headings:
         table.add_column(heading, no_wrap=True)
     for row in result["rows"]:
@@ -132,7 +223,7 @@ def quality_table(result: dict[str, Any]) -> Table:
             f"{row['kl']:.2e}",
             f"{row['top1_agreement']:.2%}",
             f"{row['perplexity']:.3f}",
-            *(f"{row['7b'][shape]['fewer']:.2%}" for shape in shapes),
+            *(f"{row['7b'][shape]['fewer']:.2%}" for shape in shapes.values()),
         )
     return table
 
@@ -153,6 +244,7 @@ def quality_plot(result: dict[str, Any], file: Path) -> None:
             textcoords="offset points",
         )
     axes.set_yscale("log")
+    axes.margins(x=0.2)
     axes.set_xlabel("bytes per decoded token, both ways, with headers")
     axes.set_ylabel("KL(fp32 || codec), nats per token")
     axes.set_title("Payload codecs; in brackets the share of tokens with the same first choice")

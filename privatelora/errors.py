@@ -14,6 +14,7 @@
     │   └── VersionMismatch        the peer speaks another protocol version
     ├── AuthError              the peer is not who it should be
     └── CapacityError          a limit is reached; trying later may work
+        └── SessionEvicted     a session's cache is gone; it can be rebuilt from its text
 
 A message is for a person: what is wrong, where, and what to do. Exceptions of other
 libraries are translated where they enter, with the original as ``__cause__``.
@@ -74,3 +75,7 @@ class AuthError(PrivateLoRAError):
 
 class CapacityError(PrivateLoRAError):
     """A limit (sessions, cache, memory) is reached; the same request may succeed later."""
+
+
+class SessionEvicted(CapacityError):
+    """A session's cache was needed elsewhere; open another and send its text again."""

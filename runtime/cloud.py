@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 import torch
 
 from privatelora.partition.shard import open_shard
 from privatelora.runtime.cloud_service import CloudLimits, CloudService
-from privatelora.runtime.config import CloudConfig
+from privatelora.runtime.config import CloudConfig, parse_metrics_address
 from privatelora.runtime.device import compute_device, compute_dtype
 from privatelora.runtime.engine import Engine
+from privatelora.runtime.telemetry import serving_metrics
+from privatelora.runtime.trace import Trace
 from privatelora.runtime.wire.messages import Fingerprints
 from privatelora.transports.address import parse_address
 from privatelora.transports.base import Limits, Listener
 from privatelora.transports.registry import listen
+
+logger = logging.getLogger(__name__)
 
 
 class Cloud:
@@ -24,6 +32,7 @@ class Cloud:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self.config = config
+        self._trace = None if config.trace is None else Trace(config.trace)
         self.shard = open_shard(config.shard, "cloud")
         manifest = self.shard.manifest
         device = compute_device(config.device)
@@ -41,7 +50,10 @@ class Cloud:
                 max_positions=min(config.max_positions, manifest.config.max_positions),
                 max_cached_positions=config.max_cached_positions,
                 max_frame_nbytes=config.max_frame_mib * 2**20,
+                max_sessions_per_client=config.max_sessions_per_client,
+                max_batch_rows=config.max_batch_rows,
             ),
+            self._trace,
         )
 
     async def listen(self) -> Listener:
@@ -49,3 +61,20 @@ class Cloud:
         config = self.config
         limits = Limits(max_frame_nbytes=config.max_frame_mib * 2**20, spin_s=config.spin_s)
         return await listen(config.listen, self.service.handle, limits, config.credentials())
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Serve the metrics while the context lasts, and write the trace when it is left.
+
+        As far as the settings ask for them. Raises ConnectError if the address of the metrics
+        is taken or not this machine's, and ConfigError if the trace cannot be written any more.
+        """
+        with ExitStack() as stack:
+            if self._trace is not None:
+                stack.callback(self._trace.write)
+            if self.config.metrics is not None:
+                host, port = parse_metrics_address(self.config.metrics)
+                registry = self.service.metrics.registry
+                port = stack.enter_context(serving_metrics(registry, host, port))
+                logger.info("metrics at http://%s:%d/metrics", host, port)
+            yield

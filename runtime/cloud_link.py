@@ -2,7 +2,9 @@
 
 One reader task takes every frame. It answers exchanges itself, without waking the sequence
 they belong to: an answer is due at once, and a sequence has nothing to decide until its step
-ends.
+ends. Requests that are there together are answered together. What a sequence does when its step
+ends takes longer than many answers, so steps that ended are handed over one at a time, each
+after all answers that are due.
 """
 
 from __future__ import annotations
@@ -10,14 +12,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from privatelora import __version__
 from privatelora.errors import (
     ConfigError,
     ConnectionClosed,
-    LocalProtocolError,
     PrivateLoRAError,
     ProtocolError,
     RemoteProtocolError,
@@ -25,8 +28,9 @@ from privatelora.errors import (
     TransportTimeout,
 )
 from privatelora.runtime.codecs import CodecPreferences, Codecs, choose_codecs
-from privatelora.runtime.language_model import Traffic
+from privatelora.runtime.exchange import StepExchanges
 from privatelora.runtime.link_config import ImpairedConfig
+from privatelora.runtime.link_session import Ending, LinkSession, LinkStep
 from privatelora.runtime.payload.codec import CODEC_NAMES
 from privatelora.runtime.wire.failures import error_reply, exception_from
 from privatelora.runtime.wire.handshake import check_hello
@@ -39,10 +43,8 @@ from privatelora.runtime.wire.messages import (
     Hello,
     Message,
     OpenSession,
-    OutputRows,
     Role,
     SessionOpened,
-    StepBegin,
     StepEnd,
     TensorPayload,
 )
@@ -55,8 +57,16 @@ from privatelora.transports.registry import connect
 
 logger = logging.getLogger(__name__)
 
-Answer = Callable[[int, TensorPayload], TensorPayload]
-"""From an exchange point's index and z to y; raises RemoteProtocolError for an impossible z."""
+MAX_FRAMES_AT_ONCE = 32
+MAX_ROWS_AT_ONCE = 512
+"""Bounds on what is taken before it is answered. More together would hardly be faster, and the
+first would wait for the last: some milliseconds at most this way."""
+
+Answers = Callable[
+    [int, Seq[tuple[StepExchanges, TensorPayload]]], list[TensorPayload | ConfigError]
+]
+"""From an exchange point's index and z of some steps to y, or what is wrong with that; raises
+RemoteProtocolError for an impossible z."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +83,10 @@ class LinkSettings:
     spin_s: float | None = None
 
 
-async def open_link(settings: LinkSettings, fingerprints: Fingerprints) -> CloudLink:
-    """Connect and greet.
+async def open_link(
+    settings: LinkSettings, fingerprints: Fingerprints, answers: Answers
+) -> CloudLink:
+    """Connect and greet; ``answers`` answers the exchanges of all sessions.
 
     Raises ConnectError or TransportTimeout if the cloud is not there, PartitionError if it
     serves another model, plan or basis, VersionMismatch if it speaks another protocol,
@@ -121,7 +133,10 @@ async def open_link(settings: LinkSettings, fingerprints: Fingerprints) -> Cloud
     except BaseException:
         connection.abort()
         raise
-    return CloudLink(connection, wire, settings, theirs, codecs)
+    return CloudLink(connection, wire, settings, theirs, codecs, answers)
+
+
+_Asked = tuple[ExchangeRequest, LinkSession, LinkStep]
 
 
 class CloudLink:
@@ -134,6 +149,7 @@ class CloudLink:
         settings: LinkSettings,
         cloud: Hello,
         codecs: Codecs,
+        answers: Answers,
     ) -> None:
         self.cloud = cloud
         """What the cloud said of itself and offers."""
@@ -142,7 +158,10 @@ class CloudLink:
         self._connection = connection
         self._wire = wire
         self._settings = settings
+        self._answers = answers
         self._sessions: dict[int, LinkSession] = {}
+        self._ended: deque[Ending] = deque()
+        """Arrived and not handed over."""
         self._last_session_id = -1
         self._failure: PrivateLoRAError | None = None
         self._reader = asyncio.create_task(self._read(), name="privatelora-link-reader")
@@ -152,27 +171,27 @@ class CloudLink:
         """Whether sequences can still be opened and stepped on this link."""
         return self._failure is None
 
-    async def open_session(self, max_positions: int, answer: Answer) -> LinkSession:
-        """Make a session whose exchanges ``answer`` answers."""
+    async def open_session(self, max_positions: int) -> LinkSession:
+        """Make a session."""
         self._last_session_id += 1
-        session = LinkSession(self, self._last_session_id, answer)
+        session = LinkSession(self, self._last_session_id)
         self._sessions[session.session_id] = session
         down = self.codecs.hidden_states_down, self.codecs.exchange_down
         try:
-            await self.ask(session, OpenSession(session.session_id, max_positions, *down))
+            await session.open(OpenSession(session.session_id, max_positions, *down))
         except BaseException:
             await self.close_session(session)
             raise
         return session
 
     async def close_session(self, session: LinkSession) -> None:
-        """Free a session; a step in flight is dropped. May be repeated, never raises."""
+        """Free a session; steps in flight are dropped. May be repeated, never raises."""
         if self._sessions.pop(session.session_id, None) is None:
             return
         session.fail(ConnectionClosed("the sequence was closed"))
         if self.is_open and session.session_id in self._wire.sessions:
             with contextlib.suppress(TransportError):  # a lost link frees its sessions anyway
-                await self._send(CloseSession(session.session_id))
+                await self.send(CloseSession(session.session_id))
 
     async def aclose(self) -> None:
         """Close the connection and everything on it. May be repeated."""
@@ -180,21 +199,6 @@ class CloudLink:
         self._reader.cancel()
         await asyncio.gather(self._reader, return_exceptions=True)
         await self._connection.aclose()
-
-    async def ask(self, session: LinkSession, message: Message) -> Message:
-        """Send a message of ``session`` and wait for what ends it."""
-        if self._failure is not None:
-            raise again(self._failure)
-        if session.failure is not None:
-            raise ConnectionClosed(f"the sequence has ended: {session.failure}")
-        session.expect()
-        async with self.deadline():
-            try:
-                session.traffic.sent_nbytes += await self._send(message)
-            except PrivateLoRAError:
-                session.in_flight = False  # it was not said, so nothing will end it
-                raise
-            return await session.result()
 
     @contextlib.asynccontextmanager
     async def deadline(self) -> AsyncIterator[None]:
@@ -212,7 +216,13 @@ class CloudLink:
             self._connection.abort()
             raise timeout from error
 
-    async def _send(self, message: Message) -> int:
+    def require_open(self) -> None:
+        """Raise what the link has failed with, if it has."""
+        if self._failure is not None:
+            raise again(self._failure)
+
+    async def send(self, message: Message) -> int:
+        """Send a message and return its bytes. Raises TransportError, LocalProtocolError."""
         parts = self._wire.send(message)
         try:
             await self._connection.send(*parts)
@@ -226,35 +236,15 @@ class CloudLink:
     async def _read(self) -> None:
         try:
             while True:
-                frame = await self._connection.recv()
-                message = self._wire.receive(frame)
-                match message:
-                    case ExchangeRequest(session_id, step_id, point, z):
-                        session = self._sessions[session_id]
-                        try:
-                            y = session.answer(point, z)
-                        except ConfigError as error:  # the codec cannot carry a value
-                            await self._drop(session, error)
-                            continue
-                        reply = ExchangeReply(session_id, step_id, point, y)
-                        traffic = session.traffic
-                        traffic.sent_nbytes += await self._send(reply)
-                        traffic.received_nbytes += len(frame)
-                        traffic.round_trips += 1
-                    case StepEnd() | SessionOpened():
-                        session = self._sessions[message.session_id]
-                        session.traffic.received_nbytes += len(frame)
-                        session.traffic.round_trips += 1
-                        session.resolve(message)
-                        # Whoever waited goes first: the next receive may spin.
-                        await asyncio.sleep(0)
-                    case ErrorReply(session_id=None):
-                        raise exception_from(message)
-                    case ErrorReply(session_id=int(session_id)):
-                        if failed := self._sessions.pop(session_id, None):
-                            failed.fail(exception_from(message))
-                    case _:  # late, or the end of a session
-                        pass
+                asked = await self._take()
+                for group in _by_point(asked) if len(asked) > 1 else (asked,):
+                    await self._answer(group)
+                if self._ended:
+                    self._hand_over(self._ended.popleft())
+                elif len(asked) <= 1:
+                    continue
+                # Whoever waits goes first: the next receive may spin, or need not wait.
+                await asyncio.sleep(0)
         except ProtocolError as error:
             self._fail(error)
             await self._say_goodbye(error)
@@ -266,15 +256,81 @@ class CloudLink:
             self._fail(PrivateLoRAError(f"answering the cloud failed: {error}"))
             self._connection.abort()
 
+    async def _take(self) -> list[_Asked]:
+        """Take in what is there, within bounds; the exchange requests among it.
+
+        Waits for something, unless ended steps are still to be handed over.
+        """
+        asked: list[_Asked] = []
+        num_frames = num_rows = 0
+        connection = self._connection
+        frame = connection.recv_nowait() if self._ended else await connection.recv()
+        while frame is not None:
+            message = self._wire.receive(frame)
+            match message:
+                case ExchangeRequest(session_id, step_id, _, z):
+                    session = self._sessions[session_id]
+                    session.traffic.received_nbytes += len(frame)
+                    if step := session.in_flight.get(step_id):  # else it could not be sent
+                        asked.append((message, session, step))
+                    num_rows += z.shape[0]
+                case StepEnd() | SessionOpened():
+                    traffic = self._sessions[message.session_id].traffic
+                    traffic.received_nbytes += len(frame)
+                    traffic.round_trips += 1
+                    self._ended.append(message)
+                case ErrorReply(session_id=None):
+                    raise exception_from(message)
+                case ErrorReply(session_id=int(session_id)):
+                    if failed := self._sessions.pop(session_id, None):
+                        failed.fail(exception_from(message))
+                case _:  # late, or the end of a session
+                    pass
+            num_frames += 1
+            if num_frames == MAX_FRAMES_AT_ONCE or num_rows >= MAX_ROWS_AT_ONCE:
+                break
+            frame = connection.recv_nowait() if self._may_hold_more() else None
+        return asked
+
+    def _may_hold_more(self) -> bool:
+        """Whether more than one message can be on its way: one step is asked one thing at a time.
+
+        For a conversation on its own, looking in vain would cost as much as decoding z.
+        """
+        if len(self._sessions) != 1:
+            return True
+        [session] = self._sessions.values()
+        return len(session.in_flight) > 1
+
+    async def _answer(self, asked: list[_Asked]) -> None:
+        """Answer requests for the same point, if there are any."""
+        if not asked:
+            return
+        point = asked[0][0].point
+        answers = self._answers(point, [(step.exchanges, asks.z) for asks, _, step in asked])
+        for (asks, session, _), y in zip(asked, answers, strict=True):
+            if session.failure is not None:
+                continue  # it ended meanwhile
+            if isinstance(y, ConfigError):
+                await self._drop(session, y)
+                continue
+            reply = ExchangeReply(asks.session_id, asks.step_id, point, y)
+            session.traffic.sent_nbytes += await self.send(reply)
+            session.traffic.round_trips += 1
+
+    def _hand_over(self, ended: Ending) -> None:
+        if session := self._sessions.get(ended.session_id):
+            session.resolve(ended)
+
     async def _drop(self, session: LinkSession, error: ConfigError) -> None:
         """End one session that this end cannot go on with."""
         self._sessions.pop(session.session_id, None)
         session.fail(error)
-        await self._send(error_reply(error, session.session_id))
+        await self.send(error_reply(error, session.session_id))
 
     async def _say_goodbye(self, error: ProtocolError) -> None:
         try:
-            await self._send(error_reply(error))
+            await self.send(error_reply(error))
             await self._connection.aclose()
         except (TransportError, ProtocolError):
             self._connection.abort()
@@ -286,75 +342,8 @@ class CloudLink:
             session.fail(error)
 
 
-class LinkSession:
-    """One session on a link. Made by ``CloudLink.open_session``; one step at a time."""
-
-    def __init__(self, link: CloudLink, session_id: int, answer: Answer) -> None:
-        self.session_id = session_id
-        self.answer = answer
-        self.traffic = Traffic()
-        self.in_flight = False
-        """Something was asked and has not ended, whether somebody still waits for it or not."""
-        self.failure: PrivateLoRAError | None = None
-        """Why the session is over."""
-        self._reply: Message | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._link = link
-        self._last_step_id = -1
-
-    async def step(
-        self,
-        position: int,
-        output_rows: OutputRows,
-        hidden_states: TensorPayload,
-        opening: TensorPayload | None,
-    ) -> TensorPayload:
-        """Run one step to its end; the final hidden states of the rows asked for.
-
-        After a step whose caller was cancelled, ``settle`` first.
-        """
-        self._last_step_id = step_id = self._last_step_id + 1
-        begin = StepBegin(self.session_id, step_id, position, output_rows, hidden_states, opening)
-        reply = await self._link.ask(self, begin)
-        if not isinstance(reply, StepEnd) or reply.step_id != step_id:
-            raise RemoteProtocolError(f"the cloud answered step {step_id} with {reply!r}")
-        return reply.hidden_states
-
-    async def settle(self) -> None:
-        """Wait for the end of a step whose caller was cancelled, if there is one."""
-        if self.in_flight:
-            async with self._link.deadline():
-                await self.result()
-
-    async def aclose(self) -> None:
-        """Free the session. May be repeated, never raises."""
-        await self._link.close_session(self)
-
-    async def result(self) -> Message:
-        """Wait for the message that ends what was asked; raise what the session fails with."""
-        while self.in_flight:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        reply, self._reply = self._reply, None
-        if reply is None:
-            raise again(self.failure or LocalProtocolError("nothing was asked of the cloud"))
-        return reply
-
-    def expect(self) -> None:
-        """Something is about to be asked."""
-        self.in_flight, self._reply = True, None
-
-    def resolve(self, message: Message) -> None:
-        """Hand the awaited message to whoever waits."""
-        self._reply = message
-        self._end()
-
-    def fail(self, error: PrivateLoRAError) -> None:
-        """End the session: raise ``error`` in whoever waits."""
-        self.failure = self.failure or error
-        self._end()
-
-    def _end(self) -> None:
-        self.in_flight = False
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+def _by_point(asked: list[_Asked]) -> Iterable[list[_Asked]]:
+    groups: dict[int, list[_Asked]] = {}
+    for each in asked:
+        groups.setdefault(each[0].point, []).append(each)
+    return groups.values()

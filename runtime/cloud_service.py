@@ -1,90 +1,82 @@
-"""The cloud's side of the conversation: sessions of many edges over one engine."""
+"""The cloud's side of the conversation: sessions of many edges over one engine.
+
+A session waits its turn at the door when there is no room (``ask_for_room``), gets memory as its
+positions are used (``make_room``), and may lose it again while it is idle: its edge holds the
+text and rebuilds the cache when it goes on.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
-from collections.abc import Awaitable
-from dataclasses import dataclass, field
+import time
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
 
 from privatelora import __version__
 from privatelora.errors import (
     AuthError,
     CapacityError,
-    ConfigError,
     ConnectionClosed,
     PartitionError,
-    PrivateLoRAError,
     ProtocolError,
-    RemoteProtocolError,
     RequestError,
+    SessionEvicted,
     TransportError,
 )
 from privatelora.partition.plan import Plan
-from privatelora.runtime.engine import Engine, Step
-from privatelora.runtime.kv_cache import KVCache
+from privatelora.runtime.batch_runner import BatchRunner
+from privatelora.runtime.cloud_peer import CloudPeer, Session
+from privatelora.runtime.engine import Engine
 from privatelora.runtime.payload.codec import CODEC_NAMES
-from privatelora.runtime.tensors import pack, unpack
-from privatelora.runtime.wire.failures import error_reply
-from privatelora.runtime.wire.handshake import check_hello
-from privatelora.runtime.wire.messages import (
-    CloseSession,
-    ErrorReply,
-    ExchangeReply,
-    ExchangeRequest,
-    Fingerprints,
-    Hello,
-    Message,
-    OpenSession,
-    OutputRows,
-    Role,
-    SessionClosed,
-    SessionOpened,
-    StepBegin,
-    StepEnd,
-)
-from privatelora.runtime.wire.prelude import WireLimits
-from privatelora.runtime.wire.state import WireConnection
+from privatelora.runtime.scheduler import Scheduler
+from privatelora.runtime.telemetry import CloudMetrics, Occupancy
+from privatelora.runtime.trace import Trace
+from privatelora.runtime.wire.messages import Fingerprints, Hello, OpenSession, Role
+from privatelora.transports.address import parse_address
 from privatelora.transports.base import Connection
 
 logger = logging.getLogger(__name__)
 
-HELLO_TIMEOUT_S = 10.0
-GOODBYE_TIMEOUT_S = 5.0
-
 
 @dataclass(frozen=True)
 class CloudLimits:
-    """What one cloud gives away at most."""
+    """What one cloud gives away at most.
+
+    ``max_batch_rows``: rows that the engine computes at once; a longer step runs alone.
+    ``max_waiting``: sessions that wait for room; ``max_wait_s``: how long. ``min_idle_s``: how
+    long a session must have been idle before its memory may go to another.
+    """
 
     max_sessions: int
     max_positions: int
     max_cached_positions: int
     max_frame_nbytes: int
+    max_sessions_per_client: int = 16
+    max_batch_rows: int = 128
+    max_waiting: int = 64
+    max_wait_s: float = 10.0
+    min_idle_s: float = 2.0
 
 
 @dataclass
-class _RunningStep:
-    step: Step
-    output_rows: OutputRows
-
-
-@dataclass
-class _Session:
-    kv: KVCache
-    hidden_codec: str
-    exchange_codec: str
-    num_positions: int = 0
-    """Positions begun so far; the next step starts here or earlier."""
-    steps: dict[int, _RunningStep] = field(default_factory=dict)
-    """In flight, oldest first."""
+class _Waiting:
+    peer: CloudPeer
+    message: OpenSession
+    timer: asyncio.TimerHandle
 
 
 class CloudService:
     """Serves every connection that a listener hands to ``handle``."""
 
     def __init__(
-        self, engine: Engine, plan: Plan, fingerprints: Fingerprints, limits: CloudLimits
+        self,
+        engine: Engine,
+        plan: Plan,
+        fingerprints: Fingerprints,
+        limits: CloudLimits,
+        trace: Trace | None = None,
     ) -> None:
         self.engine = engine
         self.plan = plan
@@ -101,203 +93,157 @@ class CloudService:
         self.reply_layers = {
             point.index: plan.span_in(point, plan.cloud_layers) for point in plan.wire_points
         }
-        self._num_sessions = 0
-        self._num_cached_positions = 0
+        scheduler = Scheduler(
+            num_segments=len(plan.wire_points) + 1, max_batch_rows=limits.max_batch_rows
+        )
+        self.metrics = CloudMetrics(self._occupancy)
+        observers = (self.metrics,) if trace is None else (self.metrics, trace)
+        self.runner = BatchRunner(engine, scheduler, observers)
+        self._pool = engine.new_pool(limits.max_cached_positions)
+        self._numbers = itertools.count()
+        self._sessions: OrderedDict[int, Session] = OrderedDict()
+        """By number; those not used for longest first."""
+        self._num_sessions_of: Counter[str] = Counter()
+        self._waiting: OrderedDict[tuple[CloudPeer, int], _Waiting] = OrderedDict()
 
     async def handle(self, connection: Connection) -> None:
         """Serve one edge until it leaves or breaks the protocol."""
-        peer = _Peer(self, connection)
-        try:
-            await peer.run()
-        except ConnectionClosed as error:
-            logger.info("%s left: %s", connection.peer, error)
-        except (ProtocolError, PartitionError, TransportError, AuthError) as error:
-            logger.warning("%s refused: %s", connection.peer, error)
-            peer.close_all()
-            await peer.say_goodbye(error)
-        finally:
-            peer.close_all()
+        peer = CloudPeer(self, connection, _client_of(connection))
+        with self.metrics.counting(connection):
+            try:
+                await peer.run()
+            except ConnectionClosed as error:
+                logger.info("%s left: %s", connection.peer, error)
+            except (ProtocolError, PartitionError, TransportError, AuthError) as error:
+                logger.warning("%s refused: %s", connection.peer, error)
+                peer.close_all()
+                await peer.say_goodbye(error)
+            finally:
+                peer.close_all()
 
-    def reserve(self, max_positions: int) -> KVCache:
-        """Make room for one more sequence. Raises RequestError or CapacityError."""
+    # Sessions
+
+    def ask_for_room(self, peer: CloudPeer, message: OpenSession) -> None:
+        """Admit a session now or when there is room. Raises RequestError or CapacityError."""
         limits = self.limits
-        if not 0 < max_positions <= limits.max_positions:
+        if not 0 < message.max_positions <= limits.max_positions:
             raise RequestError(
-                f"a sequence of {max_positions} positions is not possible; this cloud offers up "
-                f"to {limits.max_positions}"
+                f"a sequence of {message.max_positions} positions is not possible; this cloud "
+                f"offers up to {limits.max_positions}"
             )
-        if self._num_sessions >= limits.max_sessions:
+        if self._num_sessions_of[peer.client] >= limits.max_sessions_per_client:
             raise CapacityError(
-                f"this cloud serves {limits.max_sessions} sessions already; try again later"
+                f"{peer.client} has {limits.max_sessions_per_client} sessions already; close one "
+                "first"
             )
-        left = limits.max_cached_positions - self._num_cached_positions
-        if max_positions > left:
-            raise CapacityError(
-                f"this cloud's KV cache has {left} positions left and {max_positions} were asked "
-                "for; try again later or ask for a shorter sequence"
-            )
-        try:
-            kv = self.engine.new_cache(max_positions)
-        except (RuntimeError, MemoryError) as error:  # torch reports exhausted memory as either
-            raise CapacityError("this cloud has no memory left; try again later") from error
-        self._num_sessions += 1
-        self._num_cached_positions += max_positions
-        return kv
+        if not self._waiting and len(self._sessions) < limits.max_sessions:
+            peer.admit(message)
+        elif len(self._waiting) < limits.max_waiting:
+            key = peer, message.session_id
+            timer = asyncio.get_running_loop().call_later(limits.max_wait_s, self._give_up, key)
+            self._waiting[key] = _Waiting(peer, message, timer)
+            self._evict_idle()  # which lets in the first that waits
+        else:
+            raise self._full()
 
-    def release(self, kv: KVCache) -> None:
-        """Give back what ``reserve`` took."""
-        self._num_sessions -= 1
-        self._num_cached_positions -= kv.capacity
+    def open_session(self, peer: CloudPeer, message: OpenSession) -> Session:
+        """Make a session for which there is room."""
+        session = Session(
+            number=next(self._numbers),
+            session_id=message.session_id,
+            peer=peer,
+            kv=self._pool.open(message.max_positions),
+            hidden_codec=message.hidden_codec,
+            exchange_codec=message.exchange_codec,
+        )
+        self._sessions[session.number] = session
+        self._num_sessions_of[peer.client] += 1
+        self.metrics.sessions_opened += 1
+        self.runner.open(session.number, peer.client)
+        return session
 
+    def close_session(self, session: Session) -> None:
+        """Free a session and let in whoever waits."""
+        del self._sessions[session.number]
+        self._num_sessions_of[session.peer.client] -= 1
+        if not self._num_sessions_of[session.peer.client]:
+            del self._num_sessions_of[session.peer.client]
+        self.runner.close(session.number, session.steps)
+        session.kv.release()
+        self._admit_next()
 
-class _Peer:
-    """One connected edge."""
+    def note_used(self, session: Session) -> None:
+        """A step of this session has ended."""
+        session.last_used = time.monotonic()
+        self._sessions.move_to_end(session.number)
 
-    def __init__(self, service: CloudService, connection: Connection) -> None:
-        self._service = service
-        self._engine = service.engine
-        self._connection = connection
-        self._wire = WireConnection(Role.CLOUD, WireLimits())
-        self._sessions: dict[int, _Session] = {}
-
-    async def run(self) -> None:
-        """Greet, then answer messages in the order they come."""
-        try:
-            async with asyncio.timeout(HELLO_TIMEOUT_S):
-                hello = await self._receive()
-        except TimeoutError as error:
-            raise RemoteProtocolError(f"no Hello within {HELLO_TIMEOUT_S:.0f} s") from error
-        if not isinstance(hello, Hello):
-            raise RemoteProtocolError("the first message must be Hello")
-        check_hello(self._service.hello, hello)
-        await self._send(self._service.hello)
-        identity = self._connection.identity or "without proof of identity"
-        logger.info("%s joined: %s, %s", self._connection.peer, hello.software, identity)
+    def make_room(self, session: Session, position: int, num_positions: int) -> None:
+        """Reserve memory for a step. Raises RequestError, or CapacityError if there is none."""
+        if position < session.num_positions:
+            session.kv.truncate(position)
         while True:
-            message = await self._receive()
-            match message:
-                case ExchangeReply():
-                    await self._guard(message.session_id, self._continue_step(message))
-                case StepBegin():
-                    await self._guard(message.session_id, self._begin_step(message))
-                    # A peer whose messages are always there already must not keep others waiting.
-                    await asyncio.sleep(0)
-                case OpenSession():
-                    await self._guard(message.session_id, self._open(message))
-                case CloseSession():
-                    self._close(message.session_id)
-                    await self._send(SessionClosed(message.session_id))
-                case ErrorReply():
-                    logger.warning("%s reports: %s", self._connection.peer, message.message)
-                    if message.session_id is None:
-                        return
-                    self._close(message.session_id)
-                    await self._send(SessionClosed(message.session_id))
+            try:
+                session.kv.reserve(position, num_positions)
+                return
+            except CapacityError:
+                if not self._evict_idle(besides=session):
+                    raise
 
-    async def say_goodbye(self, error: PrivateLoRAError) -> None:
-        """Tell the edge why the connection ends, as far as it still can be told."""
-        try:
-            async with asyncio.timeout(GOODBYE_TIMEOUT_S):
-                await self._send(error_reply(error))
-        except (TimeoutError, TransportError, ProtocolError):
-            self._connection.abort()
+    def withdraw(self, peer: CloudPeer, session_id: int) -> None:
+        """A session that still waits is not wanted any more."""
+        waiting = self._waiting.pop((peer, session_id), None)
+        if waiting is not None:
+            waiting.timer.cancel()
 
-    def close_all(self) -> None:
-        """Free everything this edge held."""
-        for session_id in list(self._sessions):
-            self._close(session_id)
+    def withdraw_all(self, peer: CloudPeer) -> None:
+        """Nor is any other of this edge."""
+        for waiting_peer, session_id in list(self._waiting):
+            if waiting_peer is peer:
+                self.withdraw(peer, session_id)
 
-    async def _receive(self) -> Message | None:
-        return self._wire.receive(await self._connection.recv())
+    def _admit_next(self) -> None:
+        while self._waiting and len(self._sessions) < self.limits.max_sessions:
+            (peer, session_id), waiting = next(iter(self._waiting.items()))
+            self.withdraw(peer, session_id)
+            peer.admit(waiting.message)
 
-    async def _send(self, message: Message) -> None:
-        await self._connection.send(*self._wire.send(message))
+    def _give_up(self, key: tuple[CloudPeer, int]) -> None:
+        peer, session_id = key
+        self._evict_idle()
+        if self._waiting.pop(key, None) is not None:
+            peer.refuse(session_id, self._full())
 
-    async def _guard(self, session_id: int, work: Awaitable[None]) -> None:
-        """Turn a failure that concerns one session into an ErrorReply for it alone."""
-        try:
-            await work
-        except (RequestError, CapacityError, ConfigError) as error:
-            logger.info("%s session %d: %s", self._connection.peer, session_id, error)
-            self._close(session_id)
-            await self._send(error_reply(error, session_id))
-
-    async def _open(self, message: OpenSession) -> None:
-        for codec in (message.hidden_codec, message.exchange_codec):
-            if codec not in CODEC_NAMES:
-                raise RequestError(
-                    f"this cloud cannot write {codec}; it knows {', '.join(CODEC_NAMES)}"
-                )
-        kv = self._service.reserve(message.max_positions)
-        self._sessions[message.session_id] = _Session(
-            kv, message.hidden_codec, message.exchange_codec
+    def _occupancy(self) -> Occupancy:
+        pool = self._pool
+        return Occupancy(
+            len(self._sessions), len(self._waiting), pool.num_used_blocks, pool.num_blocks
         )
-        await self._send(SessionOpened(message.session_id, kv.capacity))
 
-    def _close(self, session_id: int) -> None:
-        session = self._sessions.pop(session_id, None)
-        if session is not None:
-            self._service.release(session.kv)
-
-    async def _begin_step(self, message: StepBegin) -> None:
-        session = self._sessions[message.session_id]
-        plan, engine = self._service.plan, self._engine
-        n, position = message.hidden_states.shape[0], message.position
-        _require_shape(message.hidden_states.shape, n, engine.config.hidden_size, "hidden states")
-        if position > session.num_positions or (session.steps and position < session.num_positions):
-            raise RemoteProtocolError(
-                f"a step begins at position {position} of a sequence of {session.num_positions}"
-                + (" with steps in flight" if session.steps else "")
-            )
-        session.kv.check_room(position, n)  # a compressed tensor may be small and have many rows
-        hidden_states = unpack(message.hidden_states, engine.device, engine.dtype)
-        step = engine.begin(hidden_states, position, session.kv)
-        num_opening = len(plan.opening_layers)
-        if (message.opening is None) != (num_opening == 0):
-            raise RemoteProtocolError(f"a step must bring y of {num_opening} layers")
-        if message.opening is not None:
-            _require_shape(message.opening.shape, n, num_opening * plan.y_size, "opening y")
-            y = unpack(message.opening, engine.device, engine.dtype)
-            step.supply(plan.opening_layers, y)
-        session.num_positions = position + n
-        session.steps[message.step_id] = _RunningStep(step, message.output_rows)
-        await self._advance(message.session_id, message.step_id, session)
-
-    async def _continue_step(self, message: ExchangeReply) -> None:
-        session = self._sessions[message.session_id]
-        step = session.steps[message.step_id].step
-        layers = self._service.reply_layers[message.point]
-        y_size = self._service.plan.y_size
-        rows = step.hidden_states.shape[0]
-        _require_shape(message.y.shape, rows, len(layers) * y_size, "y")
-        for step_id, earlier in session.steps.items():
-            if step_id == message.step_id:
-                break
-            if earlier.step.layer_idx <= step.layer_idx:
-                raise RemoteProtocolError(
-                    f"step {message.step_id} may not pass step {step_id}, which comes before it"
-                )
-        step.supply(layers, unpack(message.y, self._engine.device, self._engine.dtype))
-        await self._advance(message.session_id, message.step_id, session)
-
-    async def _advance(self, session_id: int, step_id: int, session: _Session) -> None:
-        running = session.steps[step_id]
-        step = running.step
-        point = self._engine.advance(step)
-        if point is not None and step.z is not None:
-            z = pack(step.z, session.exchange_codec)
-            await self._send(ExchangeRequest(session_id, step_id, point.index, z))
-            self._engine.precompute(step)
-            return
-        del session.steps[step_id]
-        rows = step.hidden_states
-        if running.output_rows is not OutputRows.ALL:
-            rows = rows[-1:] if running.output_rows is OutputRows.LAST else rows[:0]
-        await self._send(StepEnd(session_id, step_id, pack(rows, session.hidden_codec)))
-
-
-def _require_shape(shape: tuple[int, int], rows: int, features: int, what: str) -> None:
-    if shape != (rows, features):
-        raise RemoteProtocolError(
-            f"{what} of {shape[0]} x {shape[1]} came where {rows} x {features} was due"
+    def _full(self) -> CapacityError:
+        return CapacityError(
+            f"this cloud serves {len(self._sessions)} sessions already and {len(self._waiting)} "
+            f"wait; try again in {self.limits.max_wait_s:.0f} s"
         )
+
+    def _evict_idle(self, besides: Session | None = None) -> bool:
+        """Take the memory of the session that was idle for longest; False if none is idle."""
+        latest = time.monotonic() - self.limits.min_idle_s
+        for session in self._sessions.values():
+            if session.last_used > latest:
+                return False
+            if session is not besides and not session.steps:
+                self.metrics.sessions_evicted += 1
+                session.peer.fail(
+                    session.session_id,
+                    SessionEvicted("this session was idle and its cache was needed elsewhere"),
+                )
+                return True
+        return False
+
+
+def _client_of(connection: Connection) -> str:
+    """On whose account a connection runs: what it has proven to be, else its machine."""
+    if connection.identity is not None:
+        return connection.identity
+    address = parse_address(connection.peer.partition(" ")[0])
+    return f"{address.scheme}://{address.host}"

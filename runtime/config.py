@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from privatelora.errors import ConfigError
 from privatelora.runtime.link_config import ConfigPath, ImpairedConfig, LinkConfig, PayloadConfig
 from privatelora.runtime.sampling_params import SamplingParams
+from privatelora.transports.address import parse_address
 from privatelora.yaml_file import read_yaml
 
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
 DEVICE_PATTERN = r"^(cpu|cuda(:\d{1,2})?)$"
+
+
+def parse_metrics_address(text: str) -> tuple[str, int]:
+    """Host and port of ``host:port``; port 0 is any free one. Raises ConfigError."""
+    try:
+        address = parse_address(f"http://{text}")
+        address.require_options()
+        host, port = address.require_listen()
+    except ConfigError as error:
+        raise ConfigError(f"expected host:port, such as 127.0.0.1:9464, not {text!r}") from error
+    if host == "*":
+        raise ConfigError("for all interfaces set 0.0.0.0:PORT or [::]:PORT, not '*'")
+    return host, port
+
+
+def _check_metrics_address(text: str) -> str:
+    try:
+        parse_metrics_address(text)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    return text
 
 
 class CloudConfig(LinkConfig):
@@ -31,7 +54,15 @@ class CloudConfig(LinkConfig):
     max_positions: int = Field(default=8192, gt=0)
     """Longest sequence offered, bounded by the model's context."""
     max_cached_positions: int = Field(default=131072, gt=0)
-    """KV cache positions reserved over all sessions; beyond it new sessions are refused."""
+    """KV cache positions of all sessions together. Idle sessions lose theirs first."""
+    max_sessions_per_client: int = Field(default=16, gt=0)
+    """A client is a key or certificate, or else a machine."""
+    max_batch_rows: int = Field(default=128, gt=0)
+    """Rows computed at once: more is faster for long prompts, and holds up short answers."""
+    metrics: Annotated[str, AfterValidator(_check_metrics_address)] | None = None
+    """``host:port`` to serve metrics for Prometheus at; it is neither encrypted nor guarded."""
+    trace: ConfigPath | None = None
+    """Chrome trace of the first steps, written when the cloud ends."""
 
 
 class EdgeConfig(LinkConfig):
@@ -47,8 +78,9 @@ class EdgeConfig(LinkConfig):
     num_threads: int | None = Field(default=None, gt=0)
     max_positions: int = Field(default=2048, gt=0)
     """Longest conversation, bounded by what the cloud offers."""
-    prefill_chunk: int = Field(default=256, gt=0)
-    """Most prompt tokens in one step."""
+    prefill_chunk: int = Field(default=64, gt=0)
+    """Most prompt tokens in one step. Steps overlap, so small ones hide the network best, and keep
+    others on the cloud waiting least; much smaller ones cost more time for each token."""
     payload: PayloadConfig = PayloadConfig()
     impaired: ImpairedConfig | None = None
     system_prompt: str | None = None

@@ -1,4 +1,4 @@
-"""One decoder layer: attention and feed-forward on the rows of one step.
+"""One decoder layer: attention and feed-forward on the rows of a batch of steps.
 
 A layer is cut at its q/k/v projection, because that is where an exchange may have to be
 waited for: ``norm_input`` and ``project`` need nothing from the edge, ``finish`` does.
@@ -6,7 +6,7 @@ waited for: ``norm_input`` and ``project`` need nothing from the edge, ``finish`
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,64 +17,125 @@ from privatelora.partition.models.config import DecoderConfig
 from privatelora.partition.models.families import layer_prefix
 from privatelora.partition.plan import Plan
 from privatelora.runtime.kv_cache import KVCache, attention_dtype
-from privatelora.runtime.rotary import Rotary, apply_rotary, inverse_frequencies, rotary
+from privatelora.runtime.rotary import apply_rotary_, inverse_frequencies, rotary
 
 Tensors = MutableMapping[str, torch.Tensor]
 
 # From this many rows on, float16 products on a CPU are computed in float32: processors without
-# float16 arithmetic convert one number at a time in a matrix-matrix product, but not in a
-# matrix-vector one (3072 x 576: 5.1 ms against 1.6 ms for 64 rows).
-UPCAST_ROWS = 8
+# float16 arithmetic take the rows one by one (0.3 ms a row for a layer of SmolLM2-135M), while
+# converting the weights takes 0.4 ms once.
+UPCAST_ROWS = 4
+
+# oneDNN's own product, which torch.compile also calls. F.linear takes it for bfloat16 but not for
+# float32, where MKL takes up to twice as long on processors not made by Intel (16 rows of a layer
+# of SmolLM2-135M: 1.9 ms against 1.2 ms; one row: 0.83 ms against 0.55 ms).
+_ONEDNN_LINEAR = (
+    torch.ops.mkldnn._linear_pointwise
+    if torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    else None
+)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``x W^T + b`` for x (n, in_features), weight (out_features, in_features)."""
-    if x.dtype is torch.float16 and x.shape[0] >= UPCAST_ROWS and not x.is_cuda:
+    num_rows = x.shape[0]
+    if not x.is_cpu or num_rows == 0:
+        return F.linear(x, weight, bias)
+    if x.dtype is torch.float16:
+        if num_rows < UPCAST_ROWS:
+            return F.linear(x, weight, bias)
         wide_bias = None if bias is None else bias.float()
-        return F.linear(x.float(), weight.float(), wide_bias).to(torch.float16)
-    return F.linear(x, weight, bias)
+        return linear(x.float(), weight.float(), wide_bias).to(torch.float16)
+    if num_rows > 8:  # oneDNN compiles a kernel for every shape: about 1 ms and 0.6 MB each
+        step = 1 << ((num_rows - 1).bit_length() - 3)  # four row counts per octave
+        x = F.pad(x, (0, 0, 0, -num_rows % step))
+    if x.dtype is torch.float32 and _ONEDNN_LINEAR is not None:
+        out: torch.Tensor = _ONEDNN_LINEAR(x, weight, bias, "none", [], "")
+    else:
+        out = F.linear(x, weight, bias)
+    return out[:num_rows] if num_rows > 8 else out
 
 
-@dataclass
-class AttentionContext:
-    """What the layers of one step share: where it is, its rotary embedding and its masks."""
+@dataclass(slots=True)
+class Visible:
+    """The positions that the rows of a step may see in a layer: ``start`` to the step's end."""
+
+    start: int
+    mask: torch.Tensor | None
+    """0 or -inf to add to attention scores, (num_positions, end - start); None: all are seen."""
+
+
+@dataclass(slots=True)
+class StepContext:
+    """What the layers of one step share: where it is, its rotary embedding, what it may see."""
 
     kv: KVCache
     position: int
     num_positions: int
-    rotary: Rotary
-    full_mask: torch.Tensor | None
-    sliding_mask: torch.Tensor | None
+    rotary: torch.Tensor
+    """(2, num_positions, 1, head_dim)."""
+    full: Visible
+    sliding: Visible
 
 
-def attention_context(
+def step_context(
     config: DecoderConfig,
     kv: KVCache,
     position: int,
     num_positions: int,
     frequencies: torch.Tensor,
-) -> AttentionContext:
+) -> StepContext:
     """Prepare a step of ``num_positions`` rows that starts at ``position``."""
-    end = position + num_positions
-    device = frequencies.device
-    full_mask = sliding_mask = None
-    window = config.sliding_window if config.sliding_layers else None
-    if num_positions > 1 or (window is not None and end > window):
-        rows = torch.arange(position, end, device=device).unsqueeze(1)
-        columns = torch.arange(end, device=device).unsqueeze(0)
-        visible = columns <= rows
-        if num_positions > 1:
-            full_mask = visible
-        if window is not None:
-            sliding_mask = visible & (columns > rows - window)
-    return AttentionContext(
+    dtype = kv.pool.dtype
+    full = sliding = _visible(position, num_positions, None, frequencies.device, dtype)
+    if config.sliding_layers:
+        sliding = _visible(
+            position, num_positions, config.sliding_window, frequencies.device, dtype
+        )
+    return StepContext(
         kv=kv,
         position=position,
         num_positions=num_positions,
-        rotary=rotary(frequencies, position, num_positions, kv.dtype),
-        full_mask=full_mask,
-        sliding_mask=sliding_mask,
+        rotary=rotary(frequencies, position, num_positions, dtype),
+        full=full,
+        sliding=sliding,
     )
+
+
+def _visible(
+    position: int,
+    num_positions: int,
+    window: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Visible:
+    """What rows from ``position`` on see: themselves, and the ``window`` - 1 positions before."""
+    start = 0 if window is None else max(0, position - window + 1)
+    if num_positions == 1:
+        return Visible(start, None)
+    end = position + num_positions
+    rows = torch.arange(position, end, device=device).unsqueeze(1)
+    columns = torch.arange(start, end, device=device).unsqueeze(0)
+    hidden = columns > rows
+    if window is not None:
+        hidden |= columns <= rows - window
+    mask = torch.zeros(hidden.shape, device=device, dtype=dtype)
+    return Visible(start, mask.masked_fill_(hidden, float("-inf")))
+
+
+class BatchContext:
+    """Steps whose rows, joined in this order, go through a layer together."""
+
+    def __init__(self, steps: Sequence[StepContext]) -> None:
+        """Of at least one step."""
+        self.steps = steps
+        self.num_rows = [step.num_positions for step in steps]
+        """Rows of each step."""
+        self.rotary = (
+            steps[0].rotary
+            if len(steps) == 1
+            else torch.cat([step.rotary for step in steps], dim=1)
+        )
 
 
 class DecoderLayer:
@@ -144,11 +205,12 @@ class DecoderLayer:
         hidden_states: torch.Tensor,
         qkv: torch.Tensor,
         y: torch.Tensor | None,
-        context: AttentionContext,
+        batch: BatchContext,
         kv_index: int,
     ) -> torch.Tensor:
-        """The rest of the layer, from q/k/v (changed in place) to its output (n, hidden_size).
+        """The rest of the layer, from q/k/v (may change in place) to its output (n, hidden_size).
 
+        The steps' keys and values are stored in the layer ``kv_index`` of their caches.
         ``y``: (n, num_targets * rank_down), added through B; None for an unadapted layer.
         """
         if y is not None:
@@ -157,7 +219,8 @@ class DecoderLayer:
                     qkv[0, rows].addmv_(lora_b, y[0, columns])
                 else:
                     qkv[:, rows] += linear(y[:, columns], lora_b)
-        attended = self._attend(qkv.to(context.kv.dtype), context, kv_index).to(hidden_states.dtype)
+        attended = self._attend(qkv.to(batch.rotary.dtype), batch, kv_index)
+        attended = attended.to(hidden_states.dtype)
         hidden_states = hidden_states + linear(attended, self.output_weight, self.output_bias)
         normed = F.rms_norm(
             hidden_states, self.post_norm.shape, self.post_norm, self.config.rms_norm_eps
@@ -165,28 +228,55 @@ class DecoderLayer:
         gate, up = linear(normed, self.gate_up_weight, self.gate_up_bias).chunk(2, dim=-1)
         return hidden_states + linear(F.silu(gate) * up, self.down_weight, self.down_bias)
 
-    def _attend(self, qkv: torch.Tensor, context: AttentionContext, kv_index: int) -> torch.Tensor:
-        config, n = self.config, context.num_positions
+    def _attend(self, qkv: torch.Tensor, batch: BatchContext, kv_index: int) -> torch.Tensor:
+        """Attention of every step to its own sequence: (n, num_heads * head_dim).
+
+        One call a step: on a CPU neither padding steps to one length nor masking the joined
+        keys of all is faster, since both copy every cache. (On CUDA
+        ``torch.nn.attention.varlen.varlen_attn`` takes a batch in one call, of keys and values
+        that lie in pages of one tensor.)
+        """
+        config = self.config
         num_q, num_kv = config.num_heads, config.num_kv_heads
-        heads = qkv.view(n, num_q + 2 * num_kv, config.head_dim)
-        queries_keys = heads[:, : num_q + num_kv]
+        heads = qkv.view(-1, num_q + 2 * num_kv, config.head_dim)
+        queries, queries_keys = heads[:, :num_q], heads[:, : num_q + num_kv]
         if self.q_norm is not None and self.k_norm is not None:
             shape, eps = self.q_norm.shape, config.rms_norm_eps
-            queries = F.rms_norm(heads[:, :num_q], shape, self.q_norm, eps)
-            keys = F.rms_norm(heads[:, num_q : num_q + num_kv], shape, self.k_norm, eps)
-            queries_keys = torch.cat((queries, keys), dim=1)
-        rotated = apply_rotary(queries_keys, context.rotary).transpose(0, 1)
-        keys, values = context.kv.store(
-            kv_index, context.position, rotated[num_q:], heads[:, num_q + num_kv :].transpose(0, 1)
+            keys = heads[:, num_q : num_q + num_kv]
+            queries.copy_(F.rms_norm(queries, shape, self.q_norm, eps))
+            keys.copy_(F.rms_norm(keys, shape, self.k_norm, eps))
+        apply_rotary_(queries_keys, batch.rotary)
+        # Query heads that share a key head: (n, num_kv, group, head_dim).
+        grouped = queries.view(-1, num_kv, num_q // num_kv, config.head_dim)
+        keys_values = heads[:, num_q:].transpose(0, 1)
+        if len(batch.steps) == 1:
+            return self._attend_step(batch.steps[0], grouped, keys_values, kv_index)
+        parts = zip(
+            batch.steps,
+            grouped.split_with_sizes(batch.num_rows),
+            keys_values.split_with_sizes(batch.num_rows, dim=1),
+            strict=True,
         )
+        return torch.cat([self._attend_step(*part, kv_index) for part in parts])
+
+    def _attend_step(
+        self, step: StepContext, queries: torch.Tensor, keys_values: torch.Tensor, kv_index: int
+    ) -> torch.Tensor:
+        step.kv.store(kv_index, step.position, keys_values)
+        visible = step.sliding if self.sliding else step.full
+        n = step.num_positions
+        keys, values = step.kv.read(kv_index, visible.start, step.position + n)
+        if n == 1:  # the heads of a group take the place of rows: keys are read once for all
+            attended = F.scaled_dot_product_attention(queries, keys, values)
+            return attended.reshape(1, -1)  # a view on a CPU, not everywhere
+        shape = (-1, queries.shape[2], -1, -1)
         attended = F.scaled_dot_product_attention(
-            rotated[:num_q].unsqueeze(0),
-            keys.unsqueeze(0),
-            values.unsqueeze(0),
-            attn_mask=context.sliding_mask if self.sliding else context.full_mask,
-            enable_gqa=num_q != num_kv,
+            queries.permute(1, 2, 0, 3),  # (num_kv, group, n, head_dim)
+            keys.transpose(0, 1).expand(shape),
+            values.transpose(0, 1).expand(shape),
+            attn_mask=visible.mask,
         )
-        return attended[0].transpose(0, 1).reshape(n, num_q * config.head_dim)
+        return attended.permute(2, 0, 1, 3).reshape(n, -1)
 
 
 def decoder_frequencies(config: DecoderConfig, device: torch.device) -> torch.Tensor:

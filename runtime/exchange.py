@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
+from privatelora.errors import ConfigError, RemoteProtocolError
 from privatelora.partition.plan import ExchangePoint, Plan, Target
 from privatelora.runtime.engine import Engine, Step
+from privatelora.runtime.tensors import pack, unpack
+from privatelora.runtime.wire.messages import TensorPayload
 
 
 class PrivateMatrices:
@@ -53,3 +57,69 @@ def run_locally(engine: Engine, step: Step, matrices: PrivateMatrices | None) ->
         else:
             y = z.new_zeros(z.shape[0], len(point.layers) * engine.plan.y_size)
         step.supply(point.layers, y.to(engine.dtype))
+
+
+@dataclass
+class StepExchanges:
+    """What the exchanges of a step in flight need to know of it, and what they leave."""
+
+    num_rows: int
+    codec: str
+    """What y is packed with."""
+    late_y: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Y (num_rows, y_size) for layers the edge runs after the cloud's."""
+
+
+class ExchangeAnswers:
+    """Answers exchange requests, those of one point with one product."""
+
+    def __init__(self, plan: Plan, matrices: PrivateMatrices, device: torch.device) -> None:
+        self._plan = plan
+        self._matrices = matrices
+        self._device = device
+        self._num_cloud_layers = {
+            point.index: len(plan.span_in(point, plan.cloud_layers)) for point in plan.wire_points
+        }
+        """How many of a span's layers the cloud has, by the index of each point it may ask for."""
+
+    def __call__(
+        self, index: int, asked: Sequence[tuple[StepExchanges, TensorPayload]]
+    ) -> list[TensorPayload | ConfigError]:
+        """Y for the cloud's layers, from z of point ``index`` of different steps, at least one.
+
+        What the edge's own layers need is left in ``late_y``. A ConfigError stands where a
+        codec cannot carry a value. Raises RemoteProtocolError for a z that cannot be.
+        """
+        plan = self._plan
+        num_cloud = self._num_cloud_layers.get(index)
+        if num_cloud is None:
+            raise RemoteProtocolError(f"the cloud asked for point {index}, which is not its own")
+        point = plan.points[index]
+        all_z = [self._read(step, z) for step, z in asked]
+        if len(all_z) == 1:
+            all_y = [self._matrices.reply(point, all_z[0])]
+        else:
+            together = self._matrices.reply(point, torch.cat(all_z))
+            all_y = list(together.split_with_sizes([step.num_rows for step, _ in asked]))
+        if late_layers := point.layers[num_cloud:]:
+            num_late = len(late_layers) * plan.y_size
+            for i, (step, _) in enumerate(asked):
+                late_y = all_y[i][:, -num_late:].chunk(len(late_layers), dim=1)
+                step.late_y.update(zip(late_layers, late_y, strict=True))
+                all_y[i] = all_y[i][:, :-num_late]
+        return [_pack_or_refuse(y, step.codec) for y, (step, _) in zip(all_y, asked, strict=True)]
+
+    def _read(self, step: StepExchanges, z: TensorPayload) -> torch.Tensor:
+        if z.shape != (step.num_rows, self._plan.z_size):
+            raise RemoteProtocolError(
+                f"z of {z.shape[0]} x {z.shape[1]} came where {step.num_rows} x "
+                f"{self._plan.z_size} was due"
+            )
+        return unpack(z, self._device, torch.float32)
+
+
+def _pack_or_refuse(y: torch.Tensor, codec: str) -> TensorPayload | ConfigError:
+    try:
+        return pack(y, codec)
+    except ConfigError as error:
+        return error

@@ -9,17 +9,21 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from collections.abc import Sequence as Seq
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import torch
 from tokenizers import Tokenizer
 
-from privatelora.errors import RequestError
+from privatelora.errors import RequestError, SessionEvicted
 from privatelora.runtime.language_model import LanguageModel, Sequence, Traffic
 from privatelora.runtime.sampler import Sampler
 from privatelora.runtime.sampling_params import SamplingParams
 from privatelora.runtime.text import TextStream
+
+MAX_REBUILDS = 3
+"""How often in a row a cache is rebuilt; a cloud that takes it away each time has no room."""
 
 
 class FinishReason(StrEnum):
@@ -60,18 +64,22 @@ class GenerationStats:
 
 
 class Context:
-    """A sequence together with the tokens its cache holds, so that only new ones are run."""
+    """A sequence together with the tokens its cache holds, so that only new ones are run.
 
-    def __init__(self, sequence: Sequence, max_positions: int, max_step_positions: int) -> None:
+    A cache that the cloud needed elsewhere is rebuilt from those tokens when it is needed again.
+    """
+
+    def __init__(self, model: LanguageModel, sequence: Sequence, max_positions: int) -> None:
+        self._model = model
         self._sequence = sequence
-        self._max_step_positions = max_step_positions
+        self._earlier_traffic = Traffic()
         self.max_positions = max_positions
         self.token_ids: list[int] = []
 
     @property
     def traffic(self) -> Traffic:
-        """What the sequence sent and got so far."""
-        return self._sequence.traffic
+        """What the sequence sent and got so far, and those before it that were evicted."""
+        return self._earlier_traffic.plus(self._sequence.traffic)
 
     @classmethod
     async def open(cls, model: LanguageModel, max_positions: int | None = None) -> Context:
@@ -80,13 +88,28 @@ class Context:
         sequence = await model.open_sequence(max_positions)
         # What a model offers may only be known once its other half was reached.
         max_positions = min(max_positions, model.max_positions)
-        return cls(sequence, max_positions, model.max_step_positions)
+        return cls(model, sequence, max_positions)
 
     async def advance(self, token_ids: Seq[int]) -> torch.Tensor:
         """Make the cache hold exactly ``token_ids``; logits (vocab_size,) after the last.
 
         Runs only what differs from the cache, the last token at least.
         """
+        for _ in range(MAX_REBUILDS):
+            try:
+                return await self._advance(token_ids)
+            except SessionEvicted:
+                await self._rebuild()
+        return await self._advance(token_ids)
+
+    async def _rebuild(self) -> None:
+        self.token_ids.clear()
+        self._earlier_traffic = self.traffic
+        evicted = self._sequence
+        self._sequence = await self._model.open_sequence(self.max_positions)
+        await evicted.aclose()
+
+    async def _advance(self, token_ids: Seq[int]) -> torch.Tensor:
         if len(token_ids) > self.max_positions:
             raise RequestError(
                 f"{len(token_ids)} tokens do not fit the context of {self.max_positions}; "
@@ -95,14 +118,13 @@ class Context:
         start = min(common_prefix(self.token_ids, token_ids), len(token_ids) - 1)
         # A step that fails half-way leaves the cache good up to the last one that did not.
         del self.token_ids[start:]
-        while True:
-            chunk = token_ids[start : start + self._max_step_positions]
-            last = start + len(chunk) == len(token_ids)
-            logits = await self._sequence.forward(chunk, start, "last" if last else "none")
-            self.token_ids.extend(chunk)
-            start += len(chunk)
-            if last:
-                return logits[0]
+        size = self._model.max_step_positions
+        chunks = [token_ids[i : i + size] for i in range(start, len(token_ids), size)]
+        async with aclosing(self._sequence.forward_chunks(chunks, start)) as steps:
+            for chunk in chunks:
+                logits = await anext(steps)
+                self.token_ids.extend(chunk)
+        return logits[0]
 
     async def aclose(self) -> None:
         """Free the sequence."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -31,6 +32,14 @@ class Traffic:
     sent_nbytes: int = 0
     received_nbytes: int = 0
 
+    def plus(self, other: Traffic) -> Traffic:
+        """Both together."""
+        return Traffic(
+            self.round_trips + other.round_trips,
+            self.sent_nbytes + other.sent_nbytes,
+            self.received_nbytes + other.received_nbytes,
+        )
+
     def since(self, earlier: Traffic) -> Traffic:
         """What was added after ``earlier``."""
         return Traffic(
@@ -51,6 +60,16 @@ class Sequence(Protocol):
 
         What the cache held from ``position`` on is forgotten first. Raises RequestError if
         they do not fit, TransportError or ProtocolError if the other side is lost.
+        """
+
+    def forward_chunks(
+        self, chunks: Seq[Seq[int]], position: int
+    ) -> AsyncGenerator[torch.Tensor, None]:
+        """Run tokens from ``position`` on in steps, cut as ``chunks`` are; later ones may begin
+        before earlier ones have ended.
+
+        Yields each step's logits when it has ended: (1, vocab_size) for the last, none for the
+        others. Steps that were not yielded count as not run. Raises as ``forward``.
         """
 
     async def aclose(self) -> None:
@@ -150,6 +169,16 @@ class UnsplitSequence:
         step = self._engine.begin(self._ends.embed(token_ids), position, self._kv)
         run_locally(self._engine, step, self._matrices)
         return self._ends.logits(select_rows(step.hidden_states, rows))
+
+    async def forward_chunks(
+        self, chunks: Seq[Seq[int]], position: int
+    ) -> AsyncGenerator[torch.Tensor, None]:
+        """See ``Sequence.forward_chunks``; one after the other."""
+        for index, chunk in enumerate(chunks):
+            yield await self.forward(
+                chunk, position, "last" if index == len(chunks) - 1 else "none"
+            )
+            position += len(chunk)
 
     async def aclose(self) -> None:
         """See ``Sequence.aclose``; the memory goes with the object."""

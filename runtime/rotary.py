@@ -8,9 +8,6 @@ import torch
 
 from privatelora.partition.models.config import RopeConfig
 
-Rotary = tuple[torch.Tensor, torch.Tensor]
-"""(cos, signed sin), each (n, 1, head_dim); see ``apply_rotary``."""
-
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
     """Angular frequency of each rotated pair: (head_dim / 2,) float32, radians per position.
@@ -33,25 +30,27 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
 
 def rotary(
     frequencies: torch.Tensor, position: int, num_positions: int, dtype: torch.dtype
-) -> Rotary:
-    """Cosines and signed sines of ``num_positions`` positions from ``position`` on."""
+) -> torch.Tensor:
+    """Cosines and signed sines of ``num_positions`` positions from ``position`` on.
+
+    (2, num_positions, 1, head_dim), so that those of several steps can be joined along their
+    second dimension. See ``apply_rotary_``.
+    """
     positions = torch.arange(
         position, position + num_positions, device=frequencies.device, dtype=torch.float32
     )
     angles = torch.outer(positions, frequencies)
     cos, sin = angles.cos(), angles.sin()
-    return (
-        torch.cat((cos, cos), dim=1).to(dtype).unsqueeze(1),
-        torch.cat((-sin, sin), dim=1).to(dtype).unsqueeze(1),
-    )
+    halves = torch.stack((torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)))
+    return halves.to(dtype).unsqueeze(2)
 
 
-def apply_rotary(heads: torch.Tensor, cos_sin: Rotary) -> torch.Tensor:
-    """Rotate (n, num_heads, head_dim) by its positions.
+def apply_rotary_(heads: torch.Tensor, cos_sin: torch.Tensor) -> None:
+    """Rotate (n, num_heads, head_dim) in place by their positions.
 
     Rolling by half a head and folding the sign of the rotation into the sines gives the
     usual "rotate half" in three operations.
     """
-    cos, signed_sin = cos_sin
+    cos, signed_sin = cos_sin.unbind(0)
     half = heads.shape[-1] // 2
-    return torch.addcmul(heads * cos, heads.roll(half, -1), signed_sin)
+    torch.addcmul(heads * cos, heads.roll(half, -1), signed_sin, out=heads)

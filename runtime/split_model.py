@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import AsyncGenerator, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
@@ -14,11 +16,17 @@ from privatelora.partition.basis import lora_a_name
 from privatelora.partition.layout import folded_norm_name
 from privatelora.partition.models.config import DecoderConfig
 from privatelora.partition.plan import Plan
-from privatelora.runtime.cloud_link import CloudLink, LinkSession, LinkSettings, open_link
+from privatelora.runtime.cloud_link import CloudLink, LinkSettings, open_link
 from privatelora.runtime.decoder import Tensors, linear
 from privatelora.runtime.engine import Engine
-from privatelora.runtime.exchange import PrivateMatrices, run_locally
+from privatelora.runtime.exchange import (
+    ExchangeAnswers,
+    PrivateMatrices,
+    StepExchanges,
+    run_locally,
+)
 from privatelora.runtime.language_model import Ends, Rows, Traffic, select_rows
+from privatelora.runtime.link_session import LinkSession, LinkStep
 from privatelora.runtime.tensors import pack, unpack
 from privatelora.runtime.wire.messages import Fingerprints, OutputRows, TensorPayload
 
@@ -27,6 +35,11 @@ _OUTPUT_ROWS: Mapping[Rows, OutputRows] = {
     "last": OutputRows.LAST,
     "all": OutputRows.ALL,
 }
+
+MAX_STEPS_IN_FLIGHT = 32
+"""Of one sequence. While one step's exchange is on the wire the cloud can compute this many others:
+enough where a segment takes a 32nd of a round trip. More would only hold memory, of about as many
+rows on either side, and make whoever cancels a prompt wait longer for what is left of it."""
 
 
 class EdgeParts:
@@ -50,10 +63,7 @@ class EdgeParts:
         self.ends = Ends(config, tensors)
         self.first = Engine(config, plan, plan.edge_first_layers, tensors, device, dtype)
         self.last = Engine(config, plan, plan.edge_last_layers, tensors, device, dtype)
-        self.num_cloud_layers = {
-            point.index: len(plan.span_in(point, plan.cloud_layers)) for point in plan.wire_points
-        }
-        """How many of a span's layers the cloud has, by the index of each point it may ask for."""
+        self.answers = ExchangeAnswers(plan, matrices, device)
         norm_name = folded_norm_name(plan)
         if plan.folded_point is not None and norm_name is not None:
             self._folded_norm = tensors[norm_name]
@@ -98,7 +108,7 @@ class SplitModel:
                 await self._link.aclose()
                 self._link = None
             if self._link is None:
-                link = await open_link(self._settings, self._fingerprints)
+                link = await open_link(self._settings, self._fingerprints, self._parts.answers)
                 self._link = link
                 self.max_positions = min(self.max_positions, link.cloud.max_positions)
                 self.max_step_positions = min(self.max_step_positions, self._largest_step(link))
@@ -135,6 +145,17 @@ class SplitModel:
         return positions
 
 
+@dataclass
+class _Step:
+    """A step that was sent to the cloud."""
+
+    session: LinkSession
+    on_link: LinkStep
+    position: int
+    rows: Rows
+    cloud_rows: OutputRows
+
+
 class SplitSequence:
     """One sequence: its cache lies with the cloud, and with the edge for the edge's layers."""
 
@@ -143,23 +164,55 @@ class SplitSequence:
         self._link = link
         self._codecs = link.codecs
         self._session: LinkSession | None = None
-        # y for layers the edge runs after the cloud, from points of the step in flight.
-        self._late_y: dict[int, torch.Tensor] = {}
-        self._num_rows = 0
         self.traffic = Traffic()
 
     async def open(self, max_positions: int) -> None:
         """Open the session on the cloud and the caches here."""
-        self._session = await self._link.open_session(max_positions, self._answer)
+        self._session = await self._link.open_session(max_positions)
         self.traffic = self._session.traffic
         self._first_kv = self._parts.first.new_cache(max_positions)
         self._last_kv = self._parts.last.new_cache(max_positions)
 
     async def forward(self, token_ids: Seq[int], position: int, rows: Rows) -> torch.Tensor:
         """See ``Sequence.forward``."""
+        await self._settle()
+        return await self._end(await self._begin(token_ids, position, rows))
+
+    async def forward_chunks(
+        self, chunks: Seq[Seq[int]], position: int
+    ) -> AsyncGenerator[torch.Tensor, None]:
+        """See ``Sequence.forward_chunks``; up to MAX_STEPS_IN_FLIGHT steps at a time."""
+        await self._settle()
+        in_flight: deque[_Step] = deque()
+        for index, chunk in enumerate(chunks):
+            if len(in_flight) == MAX_STEPS_IN_FLIGHT:
+                yield await self._end(in_flight.popleft())
+            if in_flight:
+                await asyncio.sleep(0)  # answers that are due go before the next chunk
+            rows: Rows = "last" if index == len(chunks) - 1 else "none"
+            in_flight.append(await self._begin(chunk, position, rows))
+            position += len(chunk)
+        while in_flight:
+            yield await self._end(in_flight.popleft())
+
+    async def aclose(self) -> None:
+        """See ``Sequence.aclose``."""
+        if self._session is not None:
+            session, self._session = self._session, None
+            await session.aclose()
+
+    def _open_session(self) -> LinkSession:
         if self._session is None:
             raise ConnectionClosed("this sequence is closed")
-        await self._session.settle()  # an earlier step's answers need what it left here
+        return self._session
+
+    async def _settle(self) -> None:
+        # A step may only begin where the one before it ended, if that is still in flight.
+        await self._open_session().settle()
+
+    async def _begin(self, token_ids: Seq[int], position: int, rows: Rows) -> _Step:
+        """Run the edge's first layers and send the step."""
+        session = self._open_session()
         parts, plan = self._parts, self._parts.plan
         first = parts.first.begin(parts.ends.embed(token_ids), position, self._first_kv)
         run_locally(parts.first, first, parts.matrices)
@@ -169,55 +222,36 @@ class SplitSequence:
         if plan.opening_layers:
             concatenated = torch.cat([y.pop(layer) for layer in plan.opening_layers], dim=1)
             opening = pack(concatenated, self._codecs.exchange_up)
-        self._late_y = y
-        self._num_rows = len(token_ids)
         # The edge's last layers need every row, to cache its keys and values.
         cloud_rows = OutputRows.ALL if plan.edge_last else _OUTPUT_ROWS[rows]
-        returned = await self._session.step(
+        on_link = await session.begin(
             position,
             cloud_rows,
             pack(first.hidden_states, self._codecs.hidden_states_up),
             opening,
+            StepExchanges(len(token_ids), self._codecs.exchange_up, y),
         )
-        hidden_states = self._checked(returned, cloud_rows)
-        if plan.edge_last:
-            last = parts.last.begin(hidden_states, position, self._last_kv)
-            last.y = {layer: value.to(parts.dtype) for layer, value in self._late_y.items()}
+        return _Step(session, on_link, position, rows, cloud_rows)
+
+    async def _end(self, step: _Step) -> torch.Tensor:
+        """Wait for a step to come back and run the edge's last layers; logits."""
+        parts = self._parts
+        hidden_states = self._checked(await step.session.end(step.on_link), step)
+        if parts.plan.edge_last:
+            last = parts.last.begin(hidden_states, step.position, self._last_kv)
+            late_y = step.on_link.exchanges.late_y
+            last.y = {layer: y.to(parts.dtype) for layer, y in late_y.items()}
             run_locally(parts.last, last, parts.matrices)
-            hidden_states = select_rows(last.hidden_states, rows)
+            hidden_states = select_rows(last.hidden_states, step.rows)
         return parts.ends.logits(hidden_states)
 
-    async def aclose(self) -> None:
-        """See ``Sequence.aclose``."""
-        if self._session is not None:
-            session, self._session = self._session, None
-            await session.aclose()
-
-    def _answer(self, index: int, z: TensorPayload) -> TensorPayload:
-        """Y of an exchange point for the cloud's layers; the rest is kept for the edge's own."""
-        parts, plan = self._parts, self._parts.plan
-        num_cloud = parts.num_cloud_layers.get(index)
-        if num_cloud is None:
-            raise RemoteProtocolError(f"the cloud asked for point {index}, which is not its own")
-        point = plan.points[index]
-        if z.shape != (self._num_rows, plan.z_size):
-            raise RemoteProtocolError(
-                f"z of {z.shape[0]} x {z.shape[1]} came where {self._num_rows} x {plan.z_size} "
-                "was due"
-            )
-        y = parts.matrices.reply(point, unpack(z, parts.device, torch.float32))
-        if num_cloud < len(point.layers):
-            late_layers = point.layers[num_cloud:]
-            late = y[:, num_cloud * plan.y_size :].chunk(len(late_layers), dim=1)
-            self._late_y.update(zip(late_layers, late, strict=True))
-            y = y[:, : num_cloud * plan.y_size]
-        return pack(y, self._codecs.exchange_up)
-
-    def _checked(self, returned: TensorPayload, rows: OutputRows) -> torch.Tensor:
-        due = {OutputRows.NONE: 0, OutputRows.LAST: 1, OutputRows.ALL: self._num_rows}[rows]
-        if returned.shape != (due, self._parts.config.hidden_size):
+    def _checked(self, returned: TensorPayload, step: _Step) -> torch.Tensor:
+        num_rows = step.on_link.exchanges.num_rows
+        counts = {OutputRows.NONE: 0, OutputRows.LAST: 1, OutputRows.ALL: num_rows}
+        due = (counts[step.cloud_rows], self._parts.config.hidden_size)
+        if returned.shape != due:
             raise RemoteProtocolError(
                 f"hidden states of {returned.shape[0]} x {returned.shape[1]} came where "
-                f"{due} x {self._parts.config.hidden_size} were due"
+                f"{due[0]} x {due[1]} were due"
             )
         return unpack(returned, self._parts.device, self._parts.dtype)

@@ -167,6 +167,15 @@ class Connection(ABC):
         another task is waiting here.
         """
 
+    def recv_nowait(self) -> memoryview | None:
+        """Return the next frame if it is there already, None if not or if no more will come.
+
+        Looks as far as ``recv`` does before it waits. The end is for ``recv`` to tell: after
+        the last frame that raises. LocalProtocolError if another task is waiting in ``recv``.
+        A connection that cannot look without waiting may always return None.
+        """
+        return None
+
     @abstractmethod
     async def aclose(self) -> None:
         """Close in order: frames already sent are delivered, then the peer sees the end.

@@ -61,6 +61,18 @@ class QueuedConnection(Connection):
         """Return the next frame; see Connection.recv."""
         return await self._queue.get()
 
+    def recv_nowait(self) -> memoryview | None:
+        """Return the next frame if it is there; see Connection.recv_nowait."""
+        self._queue.require_no_receiver()
+        return self._queue.pop() if self._has_input() and self._queue.frames else None
+
+    def _has_input(self) -> bool:
+        """Whether a frame or the end is there to be taken.
+
+        A transport that can looks for what has arrived first.
+        """
+        return bool(self._queue.frames) or self._queue.error is not None
+
     async def aclose(self) -> None:
         """Close in order; see Connection.aclose."""
         if self._released:

@@ -151,11 +151,10 @@ class StreamConnection(QueuedConnection):
         return await queue.get()
 
     def _has_input(self) -> bool:
-        """Whether a frame or the end is there to be taken."""
-        queue = self._queue
-        if not queue.frames and queue.error is None:
+        """Look into the stream for a frame or the end."""
+        if not super()._has_input():
             self._receive()
-        return bool(queue.frames) or queue.error is not None
+        return super()._has_input()
 
     def _on_readable(self) -> None:
         if self._queue.full:

@@ -119,17 +119,23 @@ class ZmqConnection(QueuedConnection):
         queue.require_no_receiver()
         if not self._has_input() and self._spin is not None:
             self._spin.until(self._has_input)
-        frame = queue.pop() if queue.frames else await queue.get()
+        return self._taken(queue.pop() if queue.frames else await queue.get())
+
+    def recv_nowait(self) -> memoryview | None:
+        """Return the next frame if it is there; see Connection.recv_nowait."""
+        frame = super().recv_nowait()
+        return None if frame is None else self._taken(frame)
+
+    def _has_input(self) -> bool:
+        """Look into the socket for a frame or the end."""
+        if not super()._has_input():
+            self._link.receive()
+        return super()._has_input()
+
+    def _taken(self, frame: memoryview) -> memoryview:
         self._incoming.take(len(frame))
         self._give_credit()
         return frame
-
-    def _has_input(self) -> bool:
-        """Whether a frame or the end is there to be taken."""
-        queue = self._queue
-        if not queue.frames and queue.error is None:
-            self._link.receive()
-        return bool(queue.frames) or queue.error is not None
 
     def on_message(self, message: memoryview) -> None:
         """Take in one message of the peer. Late ones, after the end, are ignored."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from privatelora.cli._app import run, set_up_logging
+from privatelora.cli._app import LogFormat, LogFormatOption, run, set_up_logging
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -22,6 +22,7 @@ EXAMPLE = (
 def edge(
     config: Annotated[Path, typer.Argument(help="YAML file of the edge; see configs/.")],
     verbose: Annotated[bool, typer.Option("--verbose", help="Log what happens.")] = False,
+    log_format: LogFormatOption = LogFormat.TEXT,
 ) -> None:
     """Serve this device's model to local programs, over lines of JSON on standard input.
 
@@ -29,7 +30,7 @@ def edge(
     request per line until standard input ends:
     {"messages": [{"role": "user", "content": "Hi"}], "sampling": {"max_tokens": 64}}
     """
-    set_up_logging(verbose)
+    set_up_logging(verbose, log_format)
     from privatelora.cli._input import read_lines
     from privatelora.runtime.config import load_edge_config
     from privatelora.runtime.edge import Edge

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from privatelora.cli._app import run, set_up_logging
+from privatelora.cli._app import LogFormat, LogFormatOption, run, set_up_logging
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -19,13 +19,14 @@ EXAMPLE = "Example: privatelora-serve configs/cloud-loopback.yaml"
 def serve(
     config: Annotated[Path, typer.Argument(help="YAML file of the cloud; see configs/.")],
     verbose: Annotated[bool, typer.Option("--verbose", help="Log every connection.")] = False,
+    log_format: LogFormatOption = LogFormat.TEXT,
 ) -> None:
     """Run the decoder layers of one model for every edge that connects.
 
     Prints one line, `ready ADDRESS`, on standard output when it can be connected to, and logs
     to standard error. Ends on SIGTERM or Ctrl-C.
     """
-    set_up_logging(verbose)
+    set_up_logging(verbose, log_format)
     from privatelora.runtime.cloud import Cloud
     from privatelora.runtime.config import load_cloud_config
     from privatelora.runtime.loop import run as run_loop
@@ -39,7 +40,8 @@ def serve(
             await wait_for_stop()
             logging.getLogger(__name__).info("stopping")
 
-    run_loop(main())
+    with cloud.watched():
+        run_loop(main())
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from privatelora.errors import (
     PrivateLoRAError,
     RemoteProtocolError,
     RequestError,
+    SessionEvicted,
     VersionMismatch,
 )
 from privatelora.runtime.wire.messages import ErrorCode, ErrorReply
@@ -20,6 +21,7 @@ _CODES: tuple[tuple[type[PrivateLoRAError], ErrorCode, type[PrivateLoRAError]], 
     (VersionMismatch, ErrorCode.VERSION, VersionMismatch),
     (PartitionError, ErrorCode.MISMATCH, PartitionError),
     (RemoteProtocolError, ErrorCode.PROTOCOL, LocalProtocolError),
+    (SessionEvicted, ErrorCode.EVICTED, SessionEvicted),
     (CapacityError, ErrorCode.CAPACITY, CapacityError),
     (RequestError, ErrorCode.REQUEST, RequestError),
     (AuthError, ErrorCode.AUTH, AuthError),

@@ -40,6 +40,8 @@ class ErrorCode(StrEnum):
     """The receiver of this reply broke the protocol -> LocalProtocolError."""
     CAPACITY = "capacity"
     """A limit is reached -> CapacityError."""
+    EVICTED = "evicted"
+    """The session's cache was needed elsewhere; its text rebuilds it -> SessionEvicted."""
     REQUEST = "request"
     """This request cannot be served -> RequestError."""
     AUTH = "auth"

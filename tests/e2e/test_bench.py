@@ -79,11 +79,28 @@ def test_emulator(commands: Commands, tmp_path: Path) -> None:
     assert 0 < up["mbps"] < 11
 
 
+def test_scheduling(commands: Commands, tmp_path: Path) -> None:
+    arguments = ("--sessions", "1,4", "--rtt-ms", "5", "--segments", 3, "--tokens", 6)
+    content = result(commands, tmp_path, "scheduling", *arguments)
+    policies = {"laggards_first", "fullest", "oldest", "whole steps", "lockstep"}
+    rows = {(row["sessions"], row["policy"]): row for row in content["rows"]}
+    assert set(rows) == {(sessions, policy) for sessions in (1, 4) for policy in policies}
+    for row in rows.values():
+        assert row["rtt_ms"] == 5
+        assert row["time_per_token_ms_p50"] <= row["time_per_token_ms_p99"]
+        assert 0 < row["fairness"] <= 1 + 1e-9
+        ratio = row["aggregate_tokens_per_s"] / row["roofline_tokens_per_s"]
+        assert abs(row["vs_roofline"] - ratio) < 1e-9
+    assert {row["policy"] for row in content["situations"]} == policies - {"lockstep"}
+    assert all(row["us_per_step"] > 0 for row in content["cost_rows"])
+
+
 def test_options_that_make_no_sense(commands: Commands, tmp_path: Path) -> None:
     for arguments, said in (
         (("transport", "--transports", "pigeon"), "no transport 'pigeon' to measure; choose from"),
         (("transport", "--plot", "plot.jpg"), "choose a name that ends in .png"),
         (("quality", "--codecs", "int3"), "--codecs 'int3': choose from fp32, fp16"),
+        (("scheduling", "--sessions", "0"), "--sessions 0: give numbers from 1"),
         (("emulator", "--mbps", "fast"), "--mbps 'fast': give numbers, such as 1,20"),
         (("emulator", "--mbps", "-5"), "bandwidth_mbps must be at least"),
     ):

@@ -129,7 +129,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "demo": (MAIN, "demo"),
     "keys new": (MAIN, "keys", "new"),
     "bench overhead": (BENCH, "overhead"),
+    "bench scheduling": (BENCH, "scheduling"),
     "bench transport": (BENCH, "transport"),
+    "bench serve": (BENCH, "serve"),
+    "bench situations": (BENCH, "situations"),
     "bench quality": (BENCH, "quality"),
     "bench emulator": (BENCH, "emulator"),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
@@ -57,6 +57,15 @@ class FakeSequence:
         if rows == "last":
             logits[0, model.continuation(self.cached)] = 20.0
         return logits
+
+    async def forward_chunks(
+        self, chunks: Seq[Seq[int]], position: int
+    ) -> AsyncGenerator[torch.Tensor, None]:
+        for index, chunk in enumerate(chunks):
+            yield await self.forward(
+                chunk, position, "last" if index == len(chunks) - 1 else "none"
+            )
+            position += len(chunk)
 
     async def aclose(self) -> None:
         self.closed = True

@@ -16,7 +16,7 @@ from privatelora.errors import (
     RequestError,
     VersionMismatch,
 )
-from privatelora.runtime import cloud_service
+from privatelora.runtime import cloud_peer
 from privatelora.runtime.wire.messages import (
     CloseSession,
     ErrorCode,
@@ -217,7 +217,7 @@ async def test_words_that_are_no_messages(caplog: pytest.LogCaptureFixture) -> N
 
 
 async def test_an_edge_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cloud_service, "HELLO_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(cloud_peer, "HELLO_TIMEOUT_S", 0.01)
     async with (
         serving(world().service().handle) as address,
         await connect(address, Limits()) as connection,

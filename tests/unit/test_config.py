@@ -17,6 +17,7 @@ from privatelora.runtime.config import (
     EdgeConfig,
     load_cloud_config,
     load_edge_config,
+    parse_metrics_address,
 )
 from privatelora.runtime.sampling_params import SamplingParams
 from privatelora.transports.base import (
@@ -125,6 +126,26 @@ def test_keys_are_files_beside_the_file(write: Write, tmp_path: Path) -> None:
     )
 
 
+def test_metrics_and_trace_are_off_unless_asked_for(write: Write, tmp_path: Path) -> None:
+    config = load_cloud_config(write(CLOUD))
+    assert (config.metrics, config.trace) == (None, None)
+    config = load_cloud_config(write(CLOUD + "metrics: 127.0.0.1:9464\ntrace: trace.json\n"))
+    assert config.metrics == "127.0.0.1:9464"
+    assert config.trace == tmp_path / "trace.json"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("localhost:0", ("localhost", 0)),
+        ("0.0.0.0:9464", ("0.0.0.0", 9464)),
+        ("[::1]:9464", ("::1", 9464)),
+    ],
+)
+def test_metrics_addresses(text: str, expected: tuple[str, int]) -> None:
+    assert parse_metrics_address(text) == expected
+
+
 def test_relative_paths_are_beside_the_file(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +208,13 @@ def test_unknown_keys(write: Write, load: Any, text: str, said: list[str]) -> No
         (load_cloud_config, CLOUD + "device: gpu\n", "device: "),
         (load_cloud_config, CLOUD + "dtype: int8\n", "dtype: "),
         (load_cloud_config, CLOUD + "spin_us: 1000000\n", "spin_us: "),
+        (load_cloud_config, CLOUD + "metrics: 9464\n", "metrics: "),
+        (load_cloud_config, CLOUD + "metrics: '9464'\n", "metrics: expected host:port, such as"),
+        (load_cloud_config, CLOUD + "metrics: a:99999\n", "metrics: expected host:port, such as"),
+        (load_cloud_config, CLOUD + "metrics: http://a:1\n", "metrics: expected host:port"),
+        (load_cloud_config, CLOUD + "metrics: a:1/metrics\n", "metrics: expected host:port"),
+        (load_cloud_config, CLOUD + "metrics: '*:9464'\n", "metrics: for all interfaces set 0.0"),
+        (load_cloud_config, CLOUD + "trace: [x]\n", "trace: "),
         (load_cloud_config, "shard: x\n", "listen: Field required"),
         (load_cloud_config, "", "listen: Field required"),
         (load_cloud_config, "listen: 5\nshard: x\n", "listen: "),

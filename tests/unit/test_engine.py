@@ -12,12 +12,12 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from privatelora.errors import RequestError
 from privatelora.partition.models.config import RopeConfig
-from privatelora.runtime.decoder import UPCAST_ROWS, attention_context, linear
+from privatelora.runtime.decoder import UPCAST_ROWS, linear, step_context
 from privatelora.runtime.engine import Engine, Step
 from privatelora.runtime.exchange import run_locally
-from privatelora.runtime.kv_cache import KVCache, attention_dtype
+from privatelora.runtime.kv_cache import KVPool, attention_dtype
 from privatelora.runtime.language_model import UnsplitModel
-from privatelora.runtime.rotary import apply_rotary, inverse_frequencies, rotary
+from privatelora.runtime.rotary import apply_rotary_, inverse_frequencies, rotary
 from tests.unit.world import BOTH_BORDERS, CPU, World, assert_same, solo, world
 
 PROMPT = list(range(20, 50))
@@ -59,8 +59,8 @@ def test_rotary_is_that_of_transformers(name: str) -> None:
     expected, _ = apply_rotary_pos_emb(
         heads.transpose(0, 1).unsqueeze(0), heads.transpose(0, 1).unsqueeze(0), cos, sin
     )
-    actual = apply_rotary(heads, rotary(frequencies, position, n, torch.float32))
-    torch.testing.assert_close(actual, expected[0].transpose(0, 1), rtol=0, atol=1e-5)
+    apply_rotary_(heads, rotary(frequencies, position, n, torch.float32))
+    torch.testing.assert_close(heads, expected[0].transpose(0, 1), rtol=0, atol=1e-5)
 
 
 # Masks and cache
@@ -82,13 +82,13 @@ def brute_force_mask(position: int, n: int, window: int | None) -> torch.Tensor:
 def test_masks(position: int, n: int) -> None:
     config = world("mistral").config
     assert config.sliding_window == 16
-    kv = KVCache(config, config.num_layers, 64, CPU, torch.float32)
+    kv = KVPool(config, config.num_layers, 64, CPU, torch.float32).open(64)
     frequencies = inverse_frequencies(config.rope, config.head_dim)
-    context = attention_context(config, kv, position, n, frequencies)
-    everything = torch.ones(n, position + n, dtype=torch.bool)
-    for found, window in [(context.full_mask, None), (context.sliding_mask, 16)]:
-        mask = everything if found is None else found
-        assert torch.equal(mask, brute_force_mask(position, n, window))
+    context = step_context(config, kv, position, n, frequencies)
+    for found, window in [(context.full, None), (context.sliding, 16)]:
+        visible = torch.zeros(n, position + n, dtype=torch.bool)
+        visible[:, found.start :] = True if found.mask is None else found.mask == 0
+        assert torch.equal(visible, brute_force_mask(position, n, window))
 
 
 @pytest.mark.parametrize("family", ["llama3-rope", "mistral", "qwen3"])
@@ -212,18 +212,23 @@ def test_replies_follow_the_formula(options: dict[str, Any]) -> None:
 # Dtypes and devices
 
 
-@pytest.mark.parametrize("num_rows", [1, UPCAST_ROWS - 1, UPCAST_ROWS, 40])
+EPSILON = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, UPCAST_ROWS - 1, UPCAST_ROWS, 8, 9, 10, 40, 67])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_linear_in_float16_is_as_exact_as_float16(num_rows: int, has_bias: bool) -> None:
+@pytest.mark.parametrize("dtype", EPSILON)
+def test_linear_is_as_exact_as_its_dtype(dtype: torch.dtype, has_bias: bool, num_rows: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (
-        torch.randn(shape, generator=generator).half()
+        torch.randn(shape, generator=generator).to(dtype)
         for shape in ((num_rows, 64), (32, 64), (32,))
     )
     found = linear(x, weight, bias if has_bias else None)
     exact = F.linear(x.double(), weight.double(), bias.double() if has_bias else None)
-    assert found.dtype is torch.float16
-    torch.testing.assert_close(found.double(), exact, rtol=2e-3, atol=2e-2)
+    assert found.dtype is dtype
+    epsilon = EPSILON[dtype]
+    torch.testing.assert_close(found.double(), exact, rtol=2 * epsilon, atol=20 * epsilon)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -244,7 +249,7 @@ def test_attention_on_a_cpu_is_in_float32() -> None:
     assert attention_dtype(CPU, torch.bfloat16) is torch.float32
     assert attention_dtype(torch.device("cuda"), torch.bfloat16) is torch.bfloat16
     engine = world().engine(dtype=torch.float16)
-    assert engine.new_cache(4).dtype is torch.float32
+    assert engine.new_pool(4).dtype is torch.float32
 
 
 @pytest.mark.cuda

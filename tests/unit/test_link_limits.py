@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import Never
 
 import pytest
 import torch
@@ -29,7 +30,6 @@ from privatelora.runtime.wire.messages import (
     SessionOpened,
     StepBegin,
     StepEnd,
-    TensorPayload,
 )
 from privatelora.transports.base import Connection
 from tests.unit.peers import RawCloud, raw_cloud, tensor
@@ -184,20 +184,20 @@ async def test_sessions_are_limited() -> None:
 
 async def test_cached_positions_are_limited() -> None:
     split = world()
-    limits = replace(ROOMY, max_cached_positions=100)
+    tokens = [*range(3, 51)]
+    limits = replace(ROOMY, max_cached_positions=96)
     async with serving(split.service(limits).handle) as address:
-        model = split.split(address)
-        first = await model.open_sequence(64)
-        with pytest.raises(CapacityError, match="36 positions left and 64 were asked"):
-            await model.open_sequence(64)
-        second = await model.open_sequence(36)
+        model = split.split(address, max_step_positions=64)
+        first, second, third = [await model.open_sequence(64) for _ in range(3)]
+        for sequence in (first, second):
+            await sequence.forward(tokens, 0, "last")
+        with pytest.raises(CapacityError, match="0 of 96 positions free and 16 more are needed"):
+            await third.forward(tokens[:3], 0, "last")
         await first.aclose()
-        third = await model.open_sequence(64)
-        with pytest.raises(CapacityError, match="0 positions left"):
-            await model.open_sequence(1)
-        await second.aclose()
-        await third.aclose()
-        await (await model.open_sequence(100)).aclose()
+        fourth = await model.open_sequence(64)
+        expected = await solo(split.unsplit(), tokens)
+        assert_same(await fourth.forward(tokens, 0, "all"), expected)
+        await second.forward(tokens[:1], 47, "last")
         await model.aclose()
 
 
@@ -215,7 +215,7 @@ async def test_positions_of_a_sequence_are_limited() -> None:
         await context.aclose()
         link = await model.link()
         with pytest.raises(RequestError, match=r"17 positions is not possible.* up to 16"):
-            await link.open_session(17, lambda point, z: z)
+            await link.open_session(17)
         assert link.is_open
         await model.aclose()
 
@@ -332,13 +332,13 @@ async def test_an_answer_that_fails_unexpectedly_is_not_waited_for(
 ) -> None:
     split = world()
 
-    def fail(point: int, z: TensorPayload) -> TensorPayload:
+    def fail(point: int, asked: object) -> Never:
         raise MemoryError("no memory for y")
 
     async with serving(split.service().handle) as address:
         model = split.split(address)
         sequence = await model.open_sequence(64)
-        sequence._session.answer = fail  # type: ignore[union-attr]
+        (await model.link())._answers = fail
         with pytest.raises(PrivateLoRAError, match="no memory for y"):
             await sequence.forward(PROMPT, 0, "last")
         assert "no memory for y" in caplog.text  # with its traceback

@@ -25,6 +25,7 @@ from privatelora.runtime.engine import Engine
 from privatelora.runtime.exchange import PrivateMatrices
 from privatelora.runtime.language_model import Ends, LanguageModel, UnsplitModel
 from privatelora.runtime.split_model import EdgeParts, SplitModel
+from privatelora.runtime.trace import Trace
 from privatelora.runtime.wire.messages import Fingerprints
 from privatelora.transports.base import Handler, Limits
 from privatelora.transports.registry import listen
@@ -34,7 +35,11 @@ CPU = torch.device("cpu")
 FP32 = Codecs("fp32", "fp32", "fp32", "fp32")
 FP16 = Codecs("fp16", "fp16", "fp16", "fp16")
 ROOMY = CloudLimits(
-    max_sessions=8, max_positions=128, max_cached_positions=1024, max_frame_nbytes=2**20
+    max_sessions=8,
+    max_positions=128,
+    max_cached_positions=1024,
+    max_frame_nbytes=2**20,
+    max_waiting=0,
 )
 PRINTS = Fingerprints("a" * 64, "b" * 64, "c" * 64)
 _numbers = itertools.count()
@@ -78,12 +83,12 @@ class World:
         engine = self.engine(dtype=dtype, device=device)
         return UnsplitModel(Ends(self.config, tensors), engine, self.matrices())
 
-    def service(self, limits: CloudLimits = ROOMY) -> CloudService:
+    def service(self, limits: CloudLimits = ROOMY, trace: Trace | None = None) -> CloudService:
         plan = self.plan
         engine = Engine(
             self.config, plan, plan.cloud_layers, self.shard("cloud"), CPU, torch.float32
         )
-        return CloudService(engine, plan, PRINTS, limits)
+        return CloudService(engine, plan, PRINTS, limits, trace)
 
     def split(
         self,

@@ -1,0 +1,200 @@
+"""Many sessions on one cloud: what they get together, and each of them, at several distances.
+
+Method. One cloud daemon and a few edge processes (``serve_worker.py``), which share out the
+sessions. Distance is emulated on the edges' connections (``impaired``), half the round trip time
+in each direction. All sessions of a run decode at once, end-of-sequence banned; counted is the
+time in which all of them decode: from the moment the last has its first tokens behind it to the
+moment the first has its last. The roofline of N sessions at some distance is the smaller of
+N times what one session gets there and what N sessions get together without any distance: one
+session is bound by its round trips, all together by the processors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from privatelora.benchmarks.measure import machine_facts
+from privatelora.cli._daemons import Daemon
+from privatelora.partition.adapter import init_adapter, save_adapter
+from privatelora.partition.checkpoint import open_checkpoint
+from privatelora.partition.plan_file import make_plan
+from privatelora.partition.split import make_basis, partition_checkpoint
+
+NUM_SKIPPED = 4
+"""First tokens of each session that are not counted."""
+ADAPTER_STD = 0.02
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """One run of the benchmark. ``dtype``: what cloud and edges compute in."""
+
+    model: str
+    every: int
+    sessions: tuple[int, ...]
+    rtts_ms: tuple[float, ...]
+    prompt_tokens: int
+    tokens: int
+    dtype: str
+    num_edges: int
+    directory: Path
+
+
+def measure_serving(settings: ServeSettings, report: Report) -> dict[str, Any]:
+    """Measure every number of sessions at every distance, 0 first."""
+    report("splitting the model")
+    round_trips = prepare(settings)
+    rows = []
+    with serving(settings) as address:
+        for rtt_ms in sorted({0.0, *settings.rtts_ms}):
+            with connected_edges(settings, address, [rtt_ms] * settings.num_edges) as edges:
+                for sessions in sorted({1, *settings.sessions}):
+                    report(f"{sessions} sessions at {rtt_ms:g} ms")
+                    figures = _decode(settings, edges, sessions)
+                    rows.append({"sessions": sessions, "rtt_ms": rtt_ms, **figures})
+    return {
+        "benchmark": "serve",
+        "machine": machine_facts(),
+        "settings": {
+            "model": settings.model,
+            "every": settings.every,
+            "prompt_tokens": settings.prompt_tokens,
+            "tokens": settings.tokens,
+            "dtype": settings.dtype,
+            "num_edges": settings.num_edges,
+        },
+        "round_trips_per_token": round_trips,
+        "rows": _with_roofline(rows),
+    }
+
+
+def summarise(times: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Rates from the moments at which the tokens of each session came, in seconds."""
+    start = max(session[NUM_SKIPPED] for session in times)
+    end = min(session[-1] for session in times)
+    if end <= start:
+        raise ValueError("the sessions did not overlap: decode more tokens")
+    counted = [[moment for moment in session if start <= moment <= end] for session in times]
+    gaps = sorted(
+        (after - before) * 1e3
+        for session in counted
+        for before, after in itertools.pairwise(session)
+    )
+    aggregate = sum(len(session) - 1 for session in counted) / (end - start)
+    return {
+        "aggregate_tokens_per_s": aggregate,
+        "session_tokens_per_s": aggregate / len(times),
+        "time_per_token_ms_p50": gaps[len(gaps) // 2] if gaps else math.nan,
+        "time_per_token_ms_p99": gaps[len(gaps) * 99 // 100] if gaps else math.nan,
+        "seconds": end - start,
+    }
+
+
+def _with_roofline(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    rate = {(row["sessions"], row["rtt_ms"]): row["aggregate_tokens_per_s"] for row in rows}
+    for row in rows:
+        sessions, rtt_ms = row["sessions"], row["rtt_ms"]
+        row["roofline_tokens_per_s"] = min(sessions * rate[1, rtt_ms], rate[sessions, 0.0])
+        row["vs_roofline"] = row["aggregate_tokens_per_s"] / row["roofline_tokens_per_s"]
+    return rows
+
+
+def prepare(settings: ServeSettings) -> int:
+    """Split the model and make an adapter; return round trips per token."""
+    place = settings.directory
+    with open_checkpoint(settings.model) as checkpoint:
+        plan = make_plan(checkpoint.config, every=settings.every)
+        manifests = partition_checkpoint(
+            checkpoint,
+            place / "shards",
+            plan,
+            make_basis("random", plan, checkpoint),
+            dtype=getattr(torch, settings.dtype),
+            replace=True,
+        )
+    fingerprints = manifests["edge"].fingerprints
+    adapter = init_adapter(plan, fingerprints.basis, fingerprints.model, std=ADAPTER_STD)
+    save_adapter(place / "adapter.safetensors", adapter)
+    return 1 + len(plan.wire_points)
+
+
+@contextmanager
+def serving(settings: ServeSettings) -> Iterator[str]:
+    """A cloud of the model; its address."""
+    most = max(16, *settings.sessions)
+    config = {
+        "listen": "tcp://127.0.0.1:0",
+        "shard": "shards/cloud",
+        "num_threads": 1,
+        "max_sessions": most,
+        "max_sessions_per_client": most,
+        "max_cached_positions": 4096 + most * (settings.prompt_tokens + settings.tokens + 64),
+    }
+    with Daemon(
+        "privatelora.cli.serve", _write(settings.directory / "cloud.yaml", config)
+    ) as cloud:
+        yield cloud.read_line().removeprefix("ready ").strip()
+
+
+@contextmanager
+def connected_edges(
+    settings: ServeSettings, address: str, rtts_ms: Sequence[float], **changes: Any
+) -> Iterator[list[Daemon]]:
+    """Edges at these distances, connected."""
+    with ExitStack() as stack:
+        edges = []
+        for number, rtt_ms in enumerate(rtts_ms):
+            config = _edge_config(address, rtt_ms) | changes
+            file = _write(settings.directory / f"edge-{number}.yaml", config)
+            edges.append(stack.enter_context(Daemon("privatelora.benchmarks.serve_worker", file)))
+        for edge in edges:
+            edge.read_event("ready")
+        yield edges
+
+
+def _edge_config(address: str, rtt_ms: float) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "cloud": address,
+        "shard": "shards/edge",
+        "adapter": "adapter.safetensors",
+        "num_threads": 1,
+        "payload": "fp16",
+    }
+    if rtt_ms:
+        half = {"delay_ms": rtt_ms / 2}
+        config["impaired"] = {"up": half, "down": half}
+    return config
+
+
+def _decode(settings: ServeSettings, edges: Sequence[Daemon], sessions: int) -> dict[str, float]:
+    for number, edge in enumerate(edges):
+        ask(edge, len(range(number, sessions, len(edges))), settings.prompt_tokens, settings.tokens)
+    return summarise(token_times(edges))
+
+
+def ask(edge: Daemon, sessions: int, prompt_tokens: int, tokens: int) -> None:
+    """Let an edge decode in this many sessions at once."""
+    request = {"sessions": sessions, "prompt_tokens": prompt_tokens, "tokens": tokens}
+    edge.write_line(json.dumps(request))
+
+
+def token_times(edges: Sequence[Daemon]) -> list[list[float]]:
+    """Wait until edges are done; the moments of every session's tokens."""
+    return [session for edge in edges for session in edge.read_event("decoded")["times"]]
+
+
+def _write(path: Path, values: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(values))
+    return path

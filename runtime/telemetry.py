@@ -1,0 +1,178 @@
+"""What a cloud does, in numbers for Prometheus.
+
+Recording must cost next to nothing while sessions run, so numbers are added up in plain Python
+by the one thread that serves, and become metric families when somebody asks. That thread may be
+another: it may see an observation in a sum and not yet in its count, which the next scrape mends.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import NamedTuple
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from privatelora.errors import ConnectError
+from privatelora.runtime.scheduler import Batch
+from privatelora.transports.base import Connection
+
+PREFIX = "privatelora_cloud_"
+COUNT_BOUNDS = tuple(2.0**power for power in range(11))
+TIME_BOUNDS = (
+    *(1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2),
+    *(5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
+)
+"""In seconds."""
+
+
+class Occupancy(NamedTuple):
+    """How full a cloud is now."""
+
+    sessions: int
+    waiting_sessions: int
+    kv_blocks_used: int
+    kv_blocks: int
+
+
+class _Histogram:
+    """Counts observations between bounds, which belong to the bucket they end."""
+
+    __slots__ = ("_bounds", "_counts", "sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    @property
+    def count(self) -> int:
+        return sum(self._counts)
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self.sum += value
+
+    def family(self, name: str, text: str) -> Metric:
+        ends = [*map(floatToGoString, self._bounds), "+Inf"]
+        buckets = list(zip(ends, accumulate(self._counts), strict=True))
+        return HistogramMetricFamily(PREFIX + name, text, buckets, self.sum)
+
+
+class CloudMetrics(Collector):
+    """The numbers of one cloud, in a registry of their own.
+
+    Everything but ``collect`` is for the thread that serves.
+    """
+
+    def __init__(self, occupancy: Callable[[], Occupancy]) -> None:
+        """``occupancy`` is called when somebody asks, from any thread."""
+        self.sessions_opened = 0
+        self.sessions_refused = 0
+        self.sessions_evicted = 0
+        self._occupancy = occupancy
+        self._batch_rows = _Histogram(COUNT_BOUNDS)
+        self._batch_steps = _Histogram(COUNT_BOUNDS)
+        self._batch_compute = _Histogram(TIME_BOUNDS)
+        self._queue = _Histogram(TIME_BOUNDS)
+        self._reply = _Histogram(TIME_BOUNDS)
+        self._connections_lock = threading.Lock()
+        self._connections: set[Connection] = set()
+        self._sent_nbytes = 0  # of connections that are over
+        self._received_nbytes = 0
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
+
+    def note_batch(self, batch: Batch, started: float, ended: float) -> None:
+        """The engine ran a batch between two times, in seconds."""
+        self._batch_rows.observe(batch.num_rows)
+        self._batch_steps.observe(len(batch.steps))
+        self._batch_compute.observe(ended - started)
+        observe = self._queue.observe
+        for queued_s in batch.queued_s:
+            observe(queued_s)
+
+    def note_wait(self, key: tuple[int, int], point: int, started: float, ended: float) -> None:
+        """A step waited for the reply of its edge between two times, in seconds."""
+        self._reply.observe(ended - started)
+
+    @contextmanager
+    def counting(self, connection: Connection) -> Iterator[None]:
+        """Count the bytes of a connection; it is over when the context is left."""
+        with self._connections_lock:
+            self._connections.add(connection)
+        try:
+            yield
+        finally:
+            with self._connections_lock:
+                self._connections.remove(connection)
+                self._sent_nbytes += connection.counters.sent_nbytes
+                self._received_nbytes += connection.counters.received_nbytes
+
+    def collect(self) -> Iterable[Metric]:
+        """All families as they are now."""
+        rows, steps = self._batch_rows, self._batch_steps
+        yield rows.family("batch_rows", "Positions that the engine computed at once.")
+        yield steps.family("batch_steps", "Steps that the engine computed at once.")
+        yield self._batch_compute.family(
+            "batch_compute_seconds", "Time of one batch in the engine, through one segment."
+        )
+        yield self._queue.family(
+            "queue_seconds", "Time that a step was ready before the engine took it."
+        )
+        yield self._reply.family(
+            "reply_seconds", "Time from sending z to the edge's reply: the wire and the edge."
+        )
+        with self._connections_lock:
+            counters = [connection.counters for connection in self._connections]
+            sent = self._sent_nbytes + sum(one.sent_nbytes for one in counters)
+            received = self._received_nbytes + sum(one.received_nbytes for one in counters)
+        for name, text, value in (
+            ("batches", "Batches that the engine ran.", rows.count),
+            ("rows", "Positions computed, each counted in every segment.", rows.sum),
+            ("sessions_opened", "Sessions that were let in.", self.sessions_opened),
+            ("sessions_refused", "Sessions that were not let in.", self.sessions_refused),
+            ("sessions_evicted", "Idle sessions that lost their cache.", self.sessions_evicted),
+            ("sent_bytes", "Bytes sent to edges, framing included.", sent),
+            ("received_bytes", "Bytes received from edges, framing included.", received),
+        ):
+            yield CounterMetricFamily(PREFIX + name, text, value)
+        now = self._occupancy()
+        for name, text, value in (
+            ("sessions", "Sessions that are open.", now.sessions),
+            ("waiting_sessions", "Sessions that wait for room.", now.waiting_sessions),
+            ("kv_blocks_used", "Blocks of the KV cache that sessions hold.", now.kv_blocks_used),
+            ("kv_blocks", "Blocks that the KV cache has.", now.kv_blocks),
+        ):
+            yield GaugeMetricFamily(PREFIX + name, text, value)
+
+
+@contextmanager
+def serving_metrics(registry: CollectorRegistry, host: str, port: int) -> Iterator[int]:
+    """Answer HTTP GET from a thread of its own while the context lasts; gives the port.
+
+    ``port`` 0 is any free one. Raises ConnectError if the address cannot be listened on.
+    """
+    try:
+        server, thread = start_http_server(port, host, registry)
+    except OSError as error:
+        raise ConnectError(
+            f"cannot serve metrics on {host} port {port}: {error.strerror}; set another address"
+        ) from error
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
