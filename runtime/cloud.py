@@ -52,6 +52,9 @@ class Cloud:
                 max_frame_nbytes=config.max_frame_mib * 2**20,
                 max_sessions_per_client=config.max_sessions_per_client,
                 max_batch_rows=config.max_batch_rows,
+                max_waiting=config.max_waiting,
+                max_wait_s=config.max_wait_s,
+                min_idle_s=config.min_idle_s,
             ),
             self._trace,
         )

@@ -57,6 +57,12 @@ class CloudConfig(LinkConfig):
     """KV cache positions of all sessions together. Idle sessions lose theirs first."""
     max_sessions_per_client: int = Field(default=16, gt=0)
     """A client is a key or certificate, or else a machine."""
+    max_waiting: int = Field(default=64, ge=0)
+    """Sessions that wait for room, at most ``max_wait_s``; beyond that they are refused."""
+    max_wait_s: float = Field(default=10.0, gt=0, allow_inf_nan=False)
+    min_idle_s: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+    """How long a session must be idle before its memory may go to another; it is rebuilt when its
+    conversation goes on."""
     max_batch_rows: int = Field(default=128, gt=0)
     """Rows computed at once: more is faster for long prompts, and holds up short answers."""
     metrics: Annotated[str, AfterValidator(_check_metrics_address)] | None = None

@@ -239,7 +239,7 @@ def test_the_cloud_survives_an_edge_that_is_killed(world: World) -> None:
     deployment = world.deployment
     with ExitStack() as stack:
         cloud = stack.enter_context(
-            Process(SERVE, deployment.cloud_yaml("one-session.yaml", max_sessions=1))
+            Process(SERVE, deployment.cloud_yaml("one-session.yaml", max_sessions=1, max_waiting=0))
         )
         config = deployment.edge_yaml(
             cloud.read_ready(), "one-session-edge.yaml", max_positions=4096
