@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,10 +63,7 @@ def overhead(
         arrangements = tuple(int(text) for text in every.split(","))
     except ValueError as error:
         raise ConfigError(f"--every {every!r}: give numbers, such as 1,6") from error
-    with (
-        tempfile.TemporaryDirectory(prefix="privatelora-bench-") as directory,
-        Console(stderr=True).status("starting") as status,
-    ):
+    with _working() as (directory, report):
         result = measure_overhead(
             OverheadSettings(
                 model=model,
@@ -73,9 +72,9 @@ def overhead(
                 tokens=tokens,
                 prompt_tokens=prompt_tokens,
                 num_threads=num_threads or num_threads_beside_another(),
-                directory=Path(directory),
+                directory=directory,
             ),
-            status.update,
+            report,
         )
     _finish(result, overhead_table(result), json_file)
 
@@ -107,10 +106,7 @@ def serve(
     check_writable(plot_file)
     counts = tuple(int(count) for count in _numbers("--sessions", sessions))
     distances = _numbers("--rtt-ms", rtts_ms)
-    with (
-        tempfile.TemporaryDirectory(prefix="privatelora-bench-") as directory,
-        Console(stderr=True).status("starting") as status,
-    ):
+    with _working() as (directory, report):
         result = measure_serving(
             ServeSettings(
                 model=model,
@@ -121,9 +117,9 @@ def serve(
                 tokens=tokens,
                 dtype=dtype,
                 num_edges=num_edges,
-                directory=Path(directory),
+                directory=directory,
             ),
-            status.update,
+            report,
         )
     _finish(result, serve_table(result), json_file)
     if plot_file is not None:
@@ -180,10 +176,7 @@ def situations(
     from privatelora.benchmarks.situations import measure_situations
 
     check_writable(json_file)
-    with (
-        tempfile.TemporaryDirectory(prefix="privatelora-bench-") as directory,
-        Console(stderr=True).status("starting") as status,
-    ):
+    with _working() as (directory, report):
         settings = ServeSettings(
             model=model,
             every=every,
@@ -193,9 +186,9 @@ def situations(
             tokens=tokens,
             dtype=dtype,
             num_edges=2,
-            directory=Path(directory),
+            directory=directory,
         )
-        result = measure_situations(settings, status.update)
+        result = measure_situations(settings, report)
     _finish(result, situations_table(result), json_file)
 
 
@@ -227,13 +220,10 @@ def transport(
     check_plotting(plot_file)
     check_writable(plot_file)
     names = tuple(name.strip() for name in transports.split(",")) if transports else tuple(LISTEN)
-    with (
-        tempfile.TemporaryDirectory(prefix="privatelora-bench-") as directory,
-        Console(stderr=True).status("starting") as status,
-    ):
+    with _working() as (directory, report):
         result = measure_transports(
-            TransportSettings(names, rounds, round_trips, frame_nbytes, spin_us, Path(directory)),
-            status.update,
+            TransportSettings(names, rounds, round_trips, frame_nbytes, spin_us, directory),
+            report,
         )
     for name, reason in result["unavailable"].items():
         Console(stderr=True).print(f"{name} was left out: {reason}")
@@ -259,12 +249,9 @@ def emulator(
 
     check_writable(json_file)
     delays, bandwidths = _numbers("--rtt-ms", rtts_ms), _numbers("--mbps", mbps)
-    with (
-        tempfile.TemporaryDirectory(prefix="privatelora-bench-") as directory,
-        Console(stderr=True).status("starting") as status,
-    ):
-        settings = EmulatorSettings(delays, bandwidths, Path(directory))
-        result = measure_emulator(settings, status.update)
+    with _working() as (directory, report):
+        settings = EmulatorSettings(delays, bandwidths, directory)
+        result = measure_emulator(settings, report)
     _finish(result, emulator_table(result), json_file)
 
 
@@ -306,10 +293,7 @@ def quality(
     for name in names:
         if name not in CODEC_NAMES:
             raise ConfigError(f"--codecs {name!r}: choose from {', '.join(CODEC_NAMES)}")
-    with (
-        tempfile.TemporaryDirectory(prefix="privatelora-bench-") as directory,
-        Console(stderr=True).status("starting") as status,
-    ):
+    with _working() as (directory, report):
         result = measure_quality(
             QualitySettings(
                 model=model,
@@ -322,9 +306,9 @@ def quality(
                 text=text,
                 num_sequences=num_sequences,
                 num_tokens=num_tokens,
-                directory=Path(directory),
+                directory=directory,
             ),
-            status.update,
+            report,
         )
     _finish(result, quality_table(result), json_file)
     if plot_file is not None:
@@ -336,6 +320,16 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
         return tuple(float(number) for number in text.split(","))
     except ValueError as error:
         raise ConfigError(f"{option} {text!r}: give numbers, such as 1,20") from error
+
+
+@contextlib.contextmanager
+def _working() -> Iterator[tuple[Path, Callable[[str], None]]]:
+    """A folder for the time of a benchmark, and where it says what it is at."""
+    with (
+        tempfile.TemporaryDirectory(prefix="privatelora-bench-") as directory,
+        Console(stderr=True).status("starting") as status,
+    ):
+        yield Path(directory), status.update
 
 
 def _finish(result: dict[str, Any], table: Table, json_file: Path | None) -> None:

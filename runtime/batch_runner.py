@@ -48,7 +48,7 @@ class BatchRunner:
     """The engine's only caller on a cloud. Sessions have numbers of the caller's choice.
 
     A batch runs in a callback of the event loop, so whatever has arrived by then can be part of
-    it, and between two batches everybody else has a turn.
+    it, and between two batches everybody else has a turn. Only a step that is alone runs at once.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class BatchRunner:
         """Run a step, as soon as it is its turn; one of the two is called after each segment."""
         self._running[session, step_id] = _Running(step, deliver, fail)
         self._scheduler.begin(session, step_id, step.context.num_positions, time.monotonic())
-        self._run_soon()
+        self._run()
 
     def supply(self, session: int, step_id: int, layers: Sequence[int], y: torch.Tensor) -> None:
         """Go on with a step that waits, y (n, len(layers) * y_size) being what it waits for."""
@@ -85,7 +85,19 @@ class BatchRunner:
         self._scheduler.supply(session, step_id, now)
         for observer in self._observers:
             observer.note_wait(key, running.point, running.waits_since, now)
-        self._run_soon()
+        self._run()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a batch runs as soon as the event loop has its turn."""
+        return self._handle is not None
+
+    def _run(self) -> None:
+        if len(self._running) == 1 and self._handle is None:
+            # The only step on this cloud: nothing could join it, so it goes without the detour.
+            self._run_one()
+        else:
+            self._run_soon()
 
     def _run_soon(self) -> None:
         if self._handle is None:

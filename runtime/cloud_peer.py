@@ -84,6 +84,7 @@ class CloudPeer:
         self._outbox = Outbox(connection)
         self._wire = WireConnection(Role.CLOUD, WireLimits())
         self._sessions: dict[int, Session] = {}
+        self._has_begun_step = False
 
     @property
     def name(self) -> str:
@@ -106,14 +107,19 @@ class CloudPeer:
         while True:
             is_over = self._take_frame(await self._connection.recv())
             for _ in range(MAX_FRAMES_AT_ONCE):
-                frame = None if is_over else self._connection.recv_nowait()
+                # Looking in vain takes time, and only pays where a batch is being collected.
+                gathers = self._service.runner.is_due and not is_over
+                frame = self._connection.recv_nowait() if gathers else None
                 if frame is None:
                     break
                 is_over = self._take_frame(frame)
             if is_over:
                 return
-            # What has arrived is part of the next batch, which runs before this looks again.
-            await asyncio.sleep(0)
+            if self._service.runner.is_due or self._has_begun_step:
+                # What has arrived is part of the next batch, which runs before this looks again;
+                # and once a step, others have a turn whatever is there.
+                self._has_begun_step = False
+                await asyncio.sleep(0)
 
     async def say_goodbye(self, error: PrivateLoRAError) -> None:
         """Tell the edge why the connection ends, as far as it still can be told."""
@@ -222,6 +228,7 @@ class CloudPeer:
             step.supply(plan.opening_layers, y)
         session.num_positions = position + n
         session.steps[message.step_id] = step
+        self._has_begun_step = True
         self._service.runner.begin(
             session.number,
             message.step_id,
