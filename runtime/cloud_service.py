@@ -13,6 +13,7 @@ import logging
 import time
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
+from functools import partial
 
 from privatelora import __version__
 from privatelora.errors import (
@@ -131,7 +132,8 @@ class CloudService:
                 f"a sequence of {message.max_positions} positions is not possible; this cloud "
                 f"offers up to {limits.max_positions}"
             )
-        if self._num_sessions_of[peer.client] >= limits.max_sessions_per_client:
+        num_waiting = sum(waiting.peer.client == peer.client for waiting in self._waiting.values())
+        if self._num_sessions_of[peer.client] + num_waiting >= limits.max_sessions_per_client:
             raise CapacityError(
                 f"{peer.client} has {limits.max_sessions_per_client} sessions already; close one "
                 "first"
@@ -139,10 +141,7 @@ class CloudService:
         if not self._waiting and len(self._sessions) < limits.max_sessions:
             peer.admit(message)
         elif len(self._waiting) < limits.max_waiting:
-            key = peer, message.session_id
-            timer = asyncio.get_running_loop().call_later(limits.max_wait_s, self._give_up, key)
-            self._waiting[key] = _Waiting(peer, message, timer)
-            self._evict_idle()  # which lets in the first that waits
+            self._wait(peer, message, time.monotonic() + limits.max_wait_s)
         else:
             raise self._full()
 
@@ -207,8 +206,21 @@ class CloudService:
             self.withdraw(peer, session_id)
             peer.admit(waiting.message)
 
-    def _give_up(self, key: tuple[CloudPeer, int]) -> None:
+    def _wait(self, peer: CloudPeer, message: OpenSession, deadline: float) -> None:
+        """Let a session wait for room, until somebody closes one or falls idle."""
+        key = peer, message.session_id
+        look_again = partial(self._look_again, key, deadline)
+        delay_s = min(self.limits.min_idle_s, max(0.0, deadline - time.monotonic()))
+        timer = asyncio.get_running_loop().call_later(delay_s, look_again)
+        self._waiting[key] = _Waiting(peer, message, timer)
+        self._evict_idle()  # which lets in the first that waits
+
+    def _look_again(self, key: tuple[CloudPeer, int], deadline: float) -> None:
         peer, session_id = key
+        message = self._waiting[key].message
+        if time.monotonic() < deadline:
+            self._wait(peer, message, deadline)
+            return
         self._evict_idle()
         if self._waiting.pop(key, None) is not None:
             peer.refuse(session_id, self._full())

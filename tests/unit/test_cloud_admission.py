@@ -137,6 +137,20 @@ async def test_memory_of_idle_sessions_goes_to_those_that_need_it() -> None:
         await model.aclose()
 
 
+async def test_who_waits_gets_the_place_of_a_session_that_falls_idle() -> None:
+    split = world()
+    limits = replace(ROOMY, max_sessions=1, max_waiting=1, min_idle_s=0.2, max_wait_s=30)
+    async with serving(split.service(limits).handle) as address:
+        model = split.split(address)
+        first = await Context.open(model, 64)
+        await first.advance(PROMPT[:5])
+        async with asyncio.timeout(10):
+            second = await Context.open(model, 64)  # the first was used a moment ago
+        expected = await solo(split.unsplit(), PROMPT)
+        assert_same(await second.advance(PROMPT), expected[-1])
+        await model.aclose()
+
+
 async def test_a_session_at_work_is_not_evicted() -> None:
     split = world()
     limits = replace(ROOMY, max_sessions=1, max_waiting=1, max_wait_s=0.05)
