@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 
 from privatelora.errors import ConfigError
 
@@ -29,11 +29,6 @@ class CodecPreferences:
     exchange_up: tuple[str, ...]
     hidden_states_down: tuple[str, ...]
     exchange_down: tuple[str, ...]
-
-    @classmethod
-    def only(cls, codecs: Codecs) -> CodecPreferences:
-        """Accept nothing but ``codecs``."""
-        return cls(*((name,) for name in astuple(codecs)))
 
 
 def choose_codecs(preferences: CodecPreferences, offered: Sequence[str]) -> Codecs:

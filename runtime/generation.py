@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncGenerator
 from collections.abc import Sequence as Seq
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import torch
@@ -78,7 +78,7 @@ class Context:
 
     @property
     def traffic(self) -> Traffic:
-        """What the sequence sent and got so far, and those before it that were evicted."""
+        """What the sequence sent and got up to now, and those before it that were evicted."""
         return self._earlier_traffic.plus(self._sequence.traffic)
 
     @classmethod
@@ -155,7 +155,7 @@ async def generate_tokens(
     stats.prompt_tokens = len(token_ids)
     stats.cached_tokens = min(common_prefix(context.token_ids, token_ids), len(token_ids) - 1)
     room = min(params.max_tokens, context.max_positions - len(token_ids))
-    before = replace(context.traffic)
+    before = context.traffic
     started = first_at = time.perf_counter()
     for count in range(1, room + 1):
         logits = await context.advance(token_ids)
@@ -163,7 +163,7 @@ async def generate_tokens(
         now = time.perf_counter()
         if count == 1:
             stats.time_to_first_token_s, first_at = now - started, now
-            first_traffic = replace(context.traffic)
+            first_traffic = context.traffic
             stats.prefill_traffic = first_traffic.since(before)
         stats.decode_s = now - first_at
         stats.decode_traffic = context.traffic.since(first_traffic)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
 from typing import Any
 
@@ -43,6 +43,11 @@ ROOMY = CloudLimits(
 )
 PRINTS = Fingerprints("a" * 64, "b" * 64, "c" * 64)
 _numbers = itertools.count()
+
+
+def only(codecs: Codecs) -> CodecPreferences:
+    """Accept nothing but ``codecs``."""
+    return CodecPreferences(*((name,) for name in astuple(codecs)))
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ class World:
         return SplitModel(
             parts,
             fingerprints,
-            LinkSettings(address, CodecPreferences.only(codecs), **settings),
+            LinkSettings(address, only(codecs), **settings),
             max_positions,
             max_step_positions,
         )
