@@ -1,0 +1,1 @@
+"""What an edge shows to people and programs on its device."""
