@@ -79,7 +79,10 @@ def overhead(
     _finish(result, overhead_table(result), json_file)
 
 
-SERVE_EXAMPLE = "Example: privatelora-bench serve --sessions 1,4,16 --rtt-ms 0,20 --json serve.json"
+SERVE_EXAMPLE = (
+    "Example: privatelora-bench serve --sessions 1,4,16 --rtt-ms 0,20 --json serve.json\n\n"
+    "privatelora-bench serve --compare --sessions 1,8,16 --rtt-ms 20 --tokens 16 --plot serve.png"
+)
 
 
 @app.command(epilog=SERVE_EXAMPLE)
@@ -94,12 +97,25 @@ def serve(
     tokens: Annotated[int, typer.Option(min=16, help="Tokens that each session decodes.")] = 48,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
     num_edges: Annotated[int, typer.Option("--edges", min=1, help="Edge processes.")] = 2,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="With lockstep and with batches of whole steps too. In lockstep a token of all "
+            "takes sessions x round trips x RTT.",
+        ),
+    ] = False,
     json_file: JsonOption = None,
     plot_file: PlotOption = None,
 ) -> None:
     """Compare how many tokens one cloud gives many sessions at several distances."""
     from privatelora.benchmarks.serve import ServeSettings, measure_serving
-    from privatelora.benchmarks.show import check_plotting, serve_plot, serve_table
+    from privatelora.benchmarks.show import (
+        check_plotting,
+        serve_comparison_plot,
+        serve_plot,
+        serve_table,
+    )
 
     check_writable(json_file)
     check_plotting(plot_file)
@@ -118,12 +134,13 @@ def serve(
                 dtype=dtype,
                 num_edges=num_edges,
                 directory=directory,
+                compare=compare,
             ),
             report,
         )
     _finish(result, serve_table(result), json_file)
     if plot_file is not None:
-        serve_plot(result, plot_file)
+        (serve_comparison_plot if compare else serve_plot)(result, plot_file)
 
 
 SCHEDULING_EXAMPLE = "Example: privatelora-bench scheduling --sessions 8,64 --rtt-ms 0,20"

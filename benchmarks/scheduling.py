@@ -20,19 +20,17 @@ from typing import Any
 from privatelora.benchmarks.measure import machine_facts
 from privatelora.benchmarks.scheduling_simulator import (
     Costs,
-    Dispatcher,
     Edge,
     Outcome,
-    WholeSteps,
     simulate,
 )
+from privatelora.benchmarks.whole_steps import LOCKSTEP, WHOLE_STEPS, WholeSteps
 from privatelora.errors import ConfigError
 from privatelora.runtime.scheduler import Scheduler
 from privatelora.runtime.scheduling_policies import POLICIES
 
 NUM_CLIENTS = 4
 JITTER = 0.1
-LOCKSTEP, WHOLE_STEPS = "lockstep", "whole steps"
 PROMPT_TOKENS = 2048
 COST_SESSIONS = (1, 8, 64, 256)
 COST_STEPS = 30_000
@@ -81,10 +79,10 @@ def measure_scheduling(settings: SchedulingSettings, report: Report) -> dict[str
     }
 
 
-def _dispatcher(settings: SchedulingSettings, name: str) -> Dispatcher:
+def _scheduler(settings: SchedulingSettings, name: str) -> Scheduler:
     if name in POLICIES:
         return Scheduler(settings.num_segments, POLICIES[name], settings.max_batch_rows)
-    max_steps = 1 if name == LOCKSTEP else settings.max_batch_rows
+    max_steps = 1 if name == LOCKSTEP else None
     return WholeSteps(settings.num_segments, max_steps, settings.max_batch_rows)
 
 
@@ -96,7 +94,7 @@ def _decoding_rows(settings: SchedulingSettings, report: Report) -> list[dict[st
         if key not in known:
             report(f"{name}: {number} sessions at {rtt_ms:g} ms")
             edges = _decoding(settings, number, rtt_ms)
-            outcome = simulate(_dispatcher(settings, name), settings.num_segments, edges)
+            outcome = simulate(_scheduler(settings, name), settings.num_segments, edges)
             known[key] = _figures(outcome)
         return known[key]
 
@@ -167,8 +165,8 @@ def _situations(settings: SchedulingSettings, name: str) -> dict[str, float]:
     """One policy in situations with something special, milliseconds or tokens per second."""
 
     def run(edges: Sequence[Edge], until_s: float = math.inf) -> Outcome:
-        dispatcher = _dispatcher(settings, name)
-        return simulate(dispatcher, settings.num_segments, edges, until_s=until_s)
+        scheduler = _scheduler(settings, name)
+        return simulate(scheduler, settings.num_segments, edges, until_s=until_s)
 
     found: dict[str, float] = {}
     for chunk in (PROMPT_TOKENS, settings.max_batch_rows // 2):

@@ -10,12 +10,10 @@ import enum
 import heapq
 import itertools
 import random
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from privatelora.runtime.scheduler import Batch
+from privatelora.runtime.scheduler import Batch, Scheduler
 
 
 @dataclass(frozen=True)
@@ -53,81 +51,6 @@ class Edge:
     think_s: float = 0.0
     reply_s: float = 0.3e-3
     token_s: float = 2e-3
-
-
-class Dispatcher(Protocol):
-    """What decides who runs, with the calls of ``Scheduler``."""
-
-    def open(self, session: int, client: str) -> None:
-        """A session begins."""
-
-    def begin(self, session: int, step: int, num_rows: int, now: float) -> None:
-        """A step is there."""
-
-    def supply(self, session: int, step: int, now: float) -> None:
-        """Its exchange reply is there."""
-
-    def next_batch(self, now: float) -> Batch | None:
-        """What the engine, which is free, runs now."""
-
-    def done(self, batch: Batch, now: float) -> None:
-        """It ran."""
-
-
-class WholeSteps:
-    """Batches steps from their first segment to their last; who comes later waits outside.
-
-    With ``max_steps`` of 1 this is lockstep: the engine waits out every round trip.
-    """
-
-    def __init__(self, num_segments: int, max_steps: int, max_batch_rows: int = 256) -> None:
-        self._num_segments = num_segments
-        self._max_steps = max_steps
-        self._max_batch_rows = max_batch_rows
-        self._outside: deque[tuple[tuple[int, int], int]] = deque()
-        self._inside: tuple[tuple[int, int], ...] = ()
-        self._num_rows = 0
-        self._num_waiting = 0
-        self._segment = 0
-
-    def open(self, session: int, client: str) -> None:
-        """Sessions make no difference here."""
-
-    def begin(self, session: int, step: int, num_rows: int, now: float) -> None:
-        """A step comes to the door."""
-        self._outside.append(((session, step), num_rows))
-
-    def supply(self, session: int, step: int, now: float) -> None:
-        """One reply less to wait for."""
-        self._num_waiting -= 1
-
-    def next_batch(self, now: float) -> Batch | None:
-        """All that are inside, once all their replies are there."""
-        if not self._inside:
-            self._let_in()
-        if not self._inside or self._num_waiting:
-            return None
-        return Batch(self._segment, self._inside, self._num_rows)
-
-    def done(self, batch: Batch, now: float) -> None:
-        """On to the next segment, or out."""
-        self._segment += 1
-        if self._segment == self._num_segments:
-            self._segment, self._inside = 0, ()
-        else:
-            self._num_waiting = len(self._inside)
-
-    def _let_in(self) -> None:
-        inside: list[tuple[int, int]] = []
-        self._num_rows = 0
-        while self._outside and len(inside) < self._max_steps:
-            key, num_rows = self._outside[0]
-            if inside and self._num_rows + num_rows > self._max_batch_rows:
-                break
-            self._outside.popleft()
-            inside.append(key)
-            self._num_rows += num_rows
-        self._inside = tuple(inside)
 
 
 @dataclass
@@ -182,28 +105,28 @@ class _Session:
 
 class _Simulation:
     def __init__(
-        self, dispatcher: Dispatcher, num_segments: int, edges: Sequence[Edge], seed: int
+        self, scheduler: Scheduler, num_segments: int, edges: Sequence[Edge], seed: int
     ) -> None:
-        self._dispatcher = dispatcher
+        self._scheduler = scheduler
         self._num_segments = num_segments
         self._sessions = [_Session(edge, f"{seed} {n}") for n, edge in enumerate(edges)]
         self._order = itertools.count()
         self._events: list[tuple[float, int, _What, int, int]] = []
         self._running: Batch | None = None
         for number, edge in enumerate(edges):
-            dispatcher.open(number, edge.client)
+            scheduler.open(number, edge.client)
             self._at(edge.start_s, _What.TURN, number)
 
     def run(self, costs: Costs, until_s: float) -> Outcome:
         outcome = Outcome([session.turns for session in self._sessions])
-        dispatcher, events = self._dispatcher, self._events
+        scheduler, events = self._scheduler, self._events
         while events and events[0][0] <= until_s:
             now = outcome.end_s = events[0][0]
             while events and events[0][0] <= now:
                 _, _, what, number, step = heapq.heappop(events)
                 match what:
                     case _What.REPLY:
-                        dispatcher.supply(number, step, now)
+                        scheduler.supply(number, step, now)
                     case _What.TOKEN:
                         self._begin(number, 1, now)
                     case _What.TURN:
@@ -213,7 +136,7 @@ class _Simulation:
                     case _What.DONE:
                         self._deliver(now)
             if self._running is None:
-                batch = self._running = dispatcher.next_batch(now)
+                batch = self._running = scheduler.next_batch(now)
                 if batch is not None:
                     self._at(now + costs.of(batch), _What.DONE)
                     outcome.busy_s += costs.of(batch)
@@ -228,14 +151,14 @@ class _Simulation:
     def _begin(self, number: int, num_rows: int, now: float) -> None:
         session = self._sessions[number]
         session.segments[session.next_step] = 0
-        self._dispatcher.begin(number, session.next_step, num_rows, now)
+        self._scheduler.begin(number, session.next_step, num_rows, now)
         session.next_step += 1
 
     def _deliver(self, now: float) -> None:
         batch, self._running = self._running, None
         if batch is None:
             return
-        self._dispatcher.done(batch, now)
+        self._scheduler.done(batch, now)
         for number, step in batch.steps:
             session = self._sessions[number]
             session.segments[step] += 1
@@ -258,7 +181,7 @@ class _Simulation:
 
 
 def simulate(
-    dispatcher: Dispatcher,
+    scheduler: Scheduler,
     num_segments: int,
     edges: Sequence[Edge],
     costs: Costs | None = None,
@@ -266,4 +189,4 @@ def simulate(
     until_s: float = float("inf"),
 ) -> Outcome:
     """Let ``edges`` use a cloud until they have all they want, or until ``until_s``."""
-    return _Simulation(dispatcher, num_segments, edges, seed).run(costs or Costs(), until_s)
+    return _Simulation(scheduler, num_segments, edges, seed).run(costs or Costs(), until_s)

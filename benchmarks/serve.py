@@ -7,6 +7,10 @@ time in which all of them decode: from the moment the last has its first tokens 
 moment the first has its last. The roofline of N sessions at some distance is the smaller of
 N times what one session gets there and what N sessions get together without any distance: one
 session is bound by its round trips, all together by the processors.
+
+Comparison. Each number of sessions at each distance is measured with our scheduler and, right
+after it, with each baseline of ``whole_steps.py``: the same daemon, engine and edges but for the
+scheduler. All have the same roofline, that of our scheduler.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import torch
 import yaml
 
 from privatelora.benchmarks.measure import machine_facts
+from privatelora.benchmarks.whole_steps import LOCKSTEP, WHOLE_STEPS
 from privatelora.cli._daemons import Daemon
 from privatelora.partition.adapter import init_adapter, save_adapter
 from privatelora.partition.checkpoint import open_checkpoint
@@ -33,13 +38,20 @@ from privatelora.partition.split import make_basis, partition_checkpoint
 NUM_SKIPPED = 4
 """First tokens of each session that are not counted."""
 ADAPTER_STD = 0.02
+OURS = "ours"
+SCHEDULINGS = (OURS, LOCKSTEP, WHOLE_STEPS)
+STEP_TIMEOUT_S = 3600.0
+"""A step may wait long: for those of all other sessions, in lockstep."""
 
 Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """One run of the benchmark. ``dtype``: what cloud and edges compute in."""
+    """One run of the benchmark. ``dtype``: what cloud and edges compute in.
+
+    ``compare``: with the baselines too.
+    """
 
     model: str
     every: int
@@ -50,6 +62,7 @@ class ServeSettings:
     dtype: str
     num_edges: int
     directory: Path
+    compare: bool = False
 
 
 def measure_serving(settings: ServeSettings, report: Report) -> dict[str, Any]:
@@ -57,13 +70,25 @@ def measure_serving(settings: ServeSettings, report: Report) -> dict[str, Any]:
     report("splitting the model")
     round_trips = prepare(settings)
     rows = []
-    with serving(settings) as address:
+    with ExitStack() as clouds:
+        addresses = {
+            scheduling: clouds.enter_context(serving(settings, scheduling))
+            for scheduling in (SCHEDULINGS if settings.compare else (OURS,))
+        }
         for rtt_ms in sorted({0.0, *settings.rtts_ms}):
-            with connected_edges(settings, address, [rtt_ms] * settings.num_edges) as edges:
+            with ExitStack() as connected:
+                edges = {
+                    scheduling: connected.enter_context(
+                        connected_edges(settings, address, [rtt_ms] * settings.num_edges)
+                    )
+                    for scheduling, address in addresses.items()
+                }
                 for sessions in sorted({1, *settings.sessions}):
-                    report(f"{sessions} sessions at {rtt_ms:g} ms")
-                    figures = _decode(settings, edges, sessions)
-                    rows.append({"sessions": sessions, "rtt_ms": rtt_ms, **figures})
+                    for scheduling in edges:
+                        report(f"{scheduling}: {sessions} sessions at {rtt_ms:g} ms")
+                        figures = _decode(settings, edges[scheduling], sessions)
+                        place = {"sessions": sessions, "rtt_ms": rtt_ms, "scheduling": scheduling}
+                        rows.append(place | figures)
     return {
         "benchmark": "serve",
         "machine": machine_facts(),
@@ -74,9 +99,10 @@ def measure_serving(settings: ServeSettings, report: Report) -> dict[str, Any]:
             "tokens": settings.tokens,
             "dtype": settings.dtype,
             "num_edges": settings.num_edges,
+            "compare": settings.compare,
         },
         "round_trips_per_token": round_trips,
-        "rows": _with_roofline(rows),
+        "rows": with_roofline(rows),
     }
 
 
@@ -102,8 +128,13 @@ def summarise(times: Sequence[Sequence[float]]) -> dict[str, float]:
     }
 
 
-def _with_roofline(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    rate = {(row["sessions"], row["rtt_ms"]): row["aggregate_tokens_per_s"] for row in rows}
+def with_roofline(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add to each row the roofline and what share of it was reached; those at 0 ms are there."""
+    rate = {
+        (row["sessions"], row["rtt_ms"]): row["aggregate_tokens_per_s"]
+        for row in rows
+        if row["scheduling"] == OURS
+    }
     for row in rows:
         sessions, rtt_ms = row["sessions"], row["rtt_ms"]
         row["roofline_tokens_per_s"] = min(sessions * rate[1, rtt_ms], rate[sessions, 0.0])
@@ -131,7 +162,7 @@ def prepare(settings: ServeSettings) -> int:
 
 
 @contextmanager
-def serving(settings: ServeSettings) -> Iterator[str]:
+def serving(settings: ServeSettings, scheduling: str = OURS) -> Iterator[str]:
     """A cloud of the model; its address."""
     most = max(16, *settings.sessions)
     config = {
@@ -142,9 +173,12 @@ def serving(settings: ServeSettings) -> Iterator[str]:
         "max_sessions_per_client": most,
         "max_cached_positions": 4096 + most * (settings.prompt_tokens + settings.tokens + 64),
     }
-    with Daemon(
-        "privatelora.cli.serve", _write(settings.directory / "cloud.yaml", config)
-    ) as cloud:
+    file = _write(settings.directory / "cloud.yaml", config)
+    if scheduling == OURS:
+        daemon = Daemon("privatelora.cli.serve", file)
+    else:
+        daemon = Daemon("privatelora.benchmarks.serve_cloud", file, scheduling)
+    with daemon as cloud:
         yield cloud.read_line().removeprefix("ready ").strip()
 
 
@@ -171,6 +205,7 @@ def _edge_config(address: str, rtt_ms: float) -> dict[str, Any]:
         "adapter": "adapter.safetensors",
         "num_threads": 1,
         "payload": "fp16",
+        "step_timeout_s": STEP_TIMEOUT_S,
     }
     if rtt_ms:
         half = {"delay_ms": rtt_ms / 2}

@@ -54,7 +54,7 @@ def main() -> None:
             await context.aclose()
 
     async def serve(lines: AsyncIterator[str]) -> None:
-        await edge.model.link()
+        await edge.connect()
         print(json.dumps({"event": "ready"}), flush=True)
         async for line in lines:
             request = DecodeRequest.model_validate_json(line)

@@ -43,13 +43,15 @@ def serve_table(result: dict[str, Any]) -> Table:
     table = Table(
         title=f"Sessions on one cloud, {result['round_trips_per_token']} round trips per token"
     )
-    headings = ("RTT", "sessions", "tokens/s", "each", "ms/token p50", "p99", "of roofline")
-    for heading in headings:
+    compares = result["settings"]["compare"]
+    headings = ("tokens/s", "each", "ms/token p50", "p99", "of roofline")
+    for heading in ("RTT", "sessions", *(("scheduling",) if compares else ()), *headings):
         table.add_column(heading, no_wrap=True)
     for row in result["rows"]:
         table.add_row(
             f"{row['rtt_ms']:g} ms",
             str(row["sessions"]),
+            *((row["scheduling"],) if compares else ()),
             f"{row['aggregate_tokens_per_s']:.1f}",
             f"{row['session_tokens_per_s']:.2f}",
             f"{row['time_per_token_ms_p50']:.1f}",
@@ -76,6 +78,34 @@ def serve_plot(result: dict[str, Any], file: Path) -> None:
     axes.set_xlabel("sessions")
     axes.set_ylabel("tokens/s of all sessions together (dashed: roofline)")
     axes.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def serve_comparison_plot(result: dict[str, Any], file: Path) -> None:
+    """Aggregate tokens/s against sessions: a panel for each distance, a line for each way."""
+    pyplot = _pyplot()
+    rtts_ms = sorted({row["rtt_ms"] for row in result["rows"]})
+    figure, panels = pyplot.subplots(
+        1, len(rtts_ms), figsize=(1 + 4 * len(rtts_ms), 4.5), sharey=True, squeeze=False
+    )
+    for axes, rtt_ms in zip(panels[0], rtts_ms, strict=True):
+        ways: dict[str, list[dict[str, Any]]] = {}
+        for row in result["rows"]:
+            if row["rtt_ms"] == rtt_ms:
+                ways.setdefault(row["scheduling"], []).append(row)
+        for way, rows in ways.items():
+            sessions = [row["sessions"] for row in rows]
+            axes.plot(sessions, [row["aggregate_tokens_per_s"] for row in rows], "o-", label=way)
+        roofline = [row["roofline_tokens_per_s"] for row in rows]
+        axes.plot(sessions, roofline, "--", color="0.4", label="roofline")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_title(f"RTT {rtt_ms:g} ms")
+        axes.set_xlabel("sessions")
+    panels[0][0].set_ylabel("tokens/s of all sessions together")
+    panels[0][0].legend()
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     pyplot.close(figure)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 from privatelora.errors import PartitionError
 from privatelora.partition.files import write_atomic
 from privatelora.partition.models.config import DecoderConfig
+from privatelora.partition.models.families import MAX_LAYERS
 from privatelora.partition.plan import TARGETS, Plan
 from privatelora.yaml_file import explain, read_yaml
 
@@ -20,24 +21,32 @@ _RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9})(?::(\d{1,9}))?)?")
 
 
 class PlanOptions(BaseModel):
-    """The keys of a plan file, which are also the options of ``privatelora partition``.
+    """The keys of a plan file, which are also the options of ``privatelora partition``."""
 
-    ``layers``: ``all``, a list, or ranges like ``0-5,8,10-29:2`` (both ends included).
-    ``every``: adapted layers per exchange point, or ``all`` for a single point.
-    ``num_layers``: if given, the model must have exactly this many.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     num_layers: StrictInt | None = None
+    """If given, the model must have exactly this many."""
     layers: StrictInt | str | tuple[StrictInt, ...] = "all"
+    """``all``, a list, or ranges like ``0-5,8,10-29:2`` (both ends included)."""
     targets: str | tuple[str, ...] = TARGETS
+    """Projections to adapt: q, k, v, or some of them."""
     rank_up: StrictInt = 128
+    """Numbers per token towards the edge, for each exchange."""
     rank_down: StrictInt = 128
+    """Numbers per token that come back for each layer and projection."""
     every: StrictInt | Literal["all"] = 1
+    """Adapted layers per exchange point, or ``all`` for a single point."""
     scaling: float = Field(default=1.0, allow_inf_nan=False)
+    """Factor on what the adapter adds."""
     edge_first: StrictInt = 0
+    """First layers that stay on the edge."""
     edge_last: StrictInt = 0
+    """Last layers that stay on the edge."""
+
+    def check(self) -> None:
+        """Raise PartitionError for what no model allows; a given model may allow less."""
+        _arrange(self.num_layers or MAX_LAYERS, **self.model_dump(exclude={"num_layers"}))
 
     def plan_for(self, config: DecoderConfig) -> Plan:
         """Return the plan these options describe for one model; see :func:`make_plan`."""
@@ -65,25 +74,42 @@ def make_plan(
 
     Raises PartitionError, in one line, for anything the model does not have or allow.
     """
-    chosen = parse_layers(layers, config.num_layers)
+    plan = _arrange(
+        config.num_layers,
+        layers=layers,
+        every=every,
+        rank_up=rank_up,
+        rank_down=rank_down,
+        targets=targets,
+        scaling=scaling,
+        edge_first=edge_first,
+        edge_last=edge_last,
+    )
+    plan.check_model(config)
+    return plan
+
+
+def _arrange(
+    num_layers: int,
+    *,
+    layers: str | int | Sequence[int],
+    every: int | Literal["all"],
+    targets: str | Sequence[str],
+    **numbers: float,
+) -> Plan:
+    chosen = parse_layers(layers, num_layers)
     try:
-        plan = Plan.model_validate(
+        return Plan.model_validate(
             {
-                "num_layers": config.num_layers,
+                "num_layers": num_layers,
                 "layers": chosen,
                 "targets": parse_targets(targets),
-                "rank_up": rank_up,
-                "rank_down": rank_down,
                 "every": len(chosen) if every == "all" else every,
-                "scaling": scaling,
-                "edge_first": edge_first,
-                "edge_last": edge_last,
+                **numbers,
             }
         )
     except ValidationError as error:
         raise PartitionError(f"the plan does not fit: {explain(error)}") from error
-    plan.check_model(config)
-    return plan
 
 
 def parse_layers(layers: str | int | Sequence[int], num_layers: int) -> tuple[int, ...]:

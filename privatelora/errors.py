@@ -4,6 +4,7 @@
     ├── ConfigError            a configuration file or option is wrong
     ├── PartitionError         a checkpoint, shard, plan or adapter is wrong or does not fit
     ├── RequestError           a generation request cannot be served as asked
+    │   └── UnknownModel       it names a model that is not here
     ├── TransportError         the link between two ends
     │   ├── ConnectError       could not connect or listen
     │   ├── ConnectionClosed   the link ended
@@ -35,6 +36,10 @@ class PartitionError(PrivateLoRAError):
 
 class RequestError(PrivateLoRAError):
     """A generation request cannot be served as asked (for example: the prompt is too long)."""
+
+
+class UnknownModel(RequestError):
+    """A request names a model that this edge does not have."""
 
 
 class TransportError(PrivateLoRAError):
@@ -74,7 +79,14 @@ class AuthError(PrivateLoRAError):
 
 
 class CapacityError(PrivateLoRAError):
-    """A limit (sessions, cache, memory) is reached; the same request may succeed later."""
+    """A limit (sessions, cache, memory) is reached; the same request may succeed later.
+
+    ``retry_after_s``: in how many seconds that is worth a try, where that is known.
+    """
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class SessionEvicted(CapacityError):

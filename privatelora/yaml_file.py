@@ -23,6 +23,14 @@ def read_yaml(path: Path, model: type[Model]) -> Model:
     ``directory``, that of the file. Raises ConfigError naming the file, the key, and for an
     unknown key those that look like it.
     """
+    return as_model(read_mapping(path, _keys(model)[0]), path, model)
+
+
+def read_mapping(path: Path, example: str) -> dict[Any, Any]:
+    """Return the file's keys and values, whatever they are.
+
+    ``example``: a key, for people whose file has none. Raises ConfigError.
+    """
     try:
         with path.open("rb") as file:
             text = file.read(MAX_FILE_NBYTES + 1)
@@ -39,8 +47,12 @@ def read_yaml(path: Path, model: type[Model]) -> Model:
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        first = _keys(model)[0]
-        raise ConfigError(f"{path}: expected keys and values, such as '{first}: ...'")
+        raise ConfigError(f"{path}: expected keys and values, such as '{example}: ...'")
+    return values
+
+
+def as_model(values: dict[Any, Any], path: Path, model: type[Model]) -> Model:
+    """Return what was read from ``path`` as ``model``; raises as :func:`read_yaml` does."""
     try:
         return model.model_validate(values, context={"directory": path.absolute().parent})
     except ValidationError as error:

@@ -69,6 +69,8 @@ class BatchRunner:
         self._scheduler.close(session)
         for step_id in step_ids:
             self._running.pop((session, step_id), None)
+        if self._scheduler.has_ready:  # of a scheduler that lets others wait for a session
+            self._run_soon()
 
     def begin(self, session: int, step_id: int, step: Step, deliver: Deliver, fail: Fail) -> None:
         """Run a step, as soon as it is its turn; one of the two is called after each segment."""

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
+import re
 from collections.abc import AsyncGenerator
 from collections.abc import Sequence as Seq
 from typing import Literal, TypedDict
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from privatelora.errors import PartitionError, PrivateLoRAError, RequestError
+from privatelora.errors import PartitionError, RequestError
 from privatelora.runtime.generation import Context, GenerationStats, generate_text
 from privatelora.runtime.language_model import LanguageModel
 from privatelora.runtime.sampling_params import SamplingParams
+
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+_BYTE_LEVEL = {character: byte for byte, character in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
+"""How tokenizers of GPT-2's kind write bytes."""
 
 
 class ChatMessage(TypedDict):
@@ -30,6 +35,7 @@ class TextModel:
             raise PartitionError("the tokenizer has no tokenizer.json form, which streaming needs")
         self.model = model
         self._tokenizer = tokenizer
+        self._is_byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
         stops = {*model.config.eos_token_ids, tokenizer.eos_token_id} - {None}
         self.eos_ids = tuple(sorted(stops))
 
@@ -62,6 +68,30 @@ class TextModel:
             ) from error
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The model's own."""
+        return self._tokenizer
+
+    def decode(self, token_ids: Seq[int]) -> str:
+        """Text of tokens, special ones included."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token, special ones included; part of a character is a replacement sign."""
+        return self.decode([token_id])
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Bytes that one token stands for, which may be a part of a character only."""
+        token = str(self._tokenizer.convert_ids_to_tokens(token_id))
+        if token_id in self._tokenizer.added_tokens_decoder:
+            return token.encode()
+        if (byte := _BYTE_TOKEN.fullmatch(token)) is not None:
+            return bytes([int(byte[1], 16)])
+        if self._is_byte_level:
+            return bytes(_BYTE_LEVEL[character] for character in token)
+        return self.token_text(token_id).encode()
+
     def stream(
         self,
         context: Context,
@@ -73,38 +103,3 @@ class TextModel:
         return generate_text(
             context, self._tokenizer.backend_tokenizer, prompt_ids, params, self.eos_ids, stats
         )
-
-
-class Conversation:
-    """One sequence kept open over several prompts, so that only what is new is computed.
-
-    It is opened when first needed, and again after a failure: the next prompt then pays for
-    its whole text once.
-    """
-
-    def __init__(self, text: TextModel) -> None:
-        self._text = text
-        self._context: Context | None = None
-
-    async def stream(
-        self, prompt_ids: Seq[int], params: SamplingParams, stats: GenerationStats
-    ) -> AsyncGenerator[str, None]:
-        """Yield the answer to a whole prompt; see ``TextModel.stream``."""
-        try:
-            if self._context is None:
-                self._context = await Context.open(self._text.model)
-            pieces = self._text.stream(self._context, prompt_ids, params, stats)
-            async with contextlib.aclosing(pieces):
-                async for piece in pieces:
-                    yield piece
-        except RequestError:
-            raise
-        except PrivateLoRAError:
-            await self.aclose()
-            raise
-
-    async def aclose(self) -> None:
-        """Free the sequence. May be repeated."""
-        if self._context is not None:
-            context, self._context = self._context, None
-            await context.aclose()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 
 from privatelora.partition.shard import open_shard
 from privatelora.runtime.cloud_service import CloudLimits, CloudService
-from privatelora.runtime.config import CloudConfig, parse_metrics_address
+from privatelora.runtime.config import CloudConfig
 from privatelora.runtime.device import compute_device, compute_dtype
 from privatelora.runtime.engine import Engine
-from privatelora.runtime.telemetry import serving_metrics
+from privatelora.runtime.host_port import parse_host_port
+from privatelora.runtime.scheduler import Scheduler
+from privatelora.runtime.telemetry_server import serving_metrics
 from privatelora.runtime.trace import Trace
 from privatelora.runtime.wire.messages import Fingerprints
 from privatelora.transports.address import parse_address
@@ -26,12 +28,18 @@ logger = logging.getLogger(__name__)
 class Cloud:
     """Everything one cloud holds. Made from its settings; serves after ``listen``."""
 
-    def __init__(self, config: CloudConfig) -> None:
-        """Load and verify the shard. Raises ConfigError, PartitionError or CapacityError."""
+    def __init__(
+        self, config: CloudConfig, make_scheduler: Callable[..., Scheduler] = Scheduler
+    ) -> None:
+        """Load and verify the shard. Raises ConfigError, PartitionError or CapacityError.
+
+        ``make_scheduler``: for comparisons; see ``CloudService``.
+        """
         parse_address(config.listen)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self.config = config
+        self._is_listening = False
         self._trace = None if config.trace is None else Trace(config.trace)
         self.shard = open_shard(config.shard, "cloud")
         manifest = self.shard.manifest
@@ -57,17 +65,30 @@ class Cloud:
                 min_idle_s=config.min_idle_s,
             ),
             self._trace,
+            make_scheduler,
         )
 
     async def listen(self) -> Listener:
         """Start serving; ConnectError if the address is taken or not this machine's."""
         config = self.config
         limits = Limits(max_frame_nbytes=config.max_frame_mib * 2**20, spin_s=config.spin_s)
-        return await listen(config.listen, self.service.handle, limits, config.credentials())
+        listener = await listen(config.listen, self.service.handle, limits, config.credentials())
+        self._is_listening = True
+        return listener
+
+    async def drain(self) -> None:
+        """Let nobody in any more, and give those who are here time to come to an end."""
+        await self.service.drain(self.config.drain_timeout_s)
+
+    def why_not_ready(self) -> str | None:
+        """Why no edge should come here now, if so."""
+        if self.service.is_draining:
+            return "this cloud is shutting down"
+        return None if self._is_listening else "this cloud is starting"
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Serve the metrics while the context lasts, and write the trace when it is left.
+        """Serve metrics and health while the context lasts, and write the trace when it is left.
 
         As far as the settings ask for them. Raises ConnectError if the address of the metrics
         is taken or not this machine's, and ConfigError if the trace cannot be written any more.
@@ -76,8 +97,9 @@ class Cloud:
             if self._trace is not None:
                 stack.callback(self._trace.write)
             if self.config.metrics is not None:
-                host, port = parse_metrics_address(self.config.metrics)
+                host, port = parse_host_port(self.config.metrics)
                 registry = self.service.metrics.registry
-                port = stack.enter_context(serving_metrics(registry, host, port))
+                server = serving_metrics(registry, self.why_not_ready, host, port)
+                port = stack.enter_context(server)
                 logger.info("metrics at http://%s:%d/metrics", host, port)
             yield

@@ -2,9 +2,8 @@
 
 One reader task takes every frame. It answers exchanges itself, without waking the sequence
 they belong to: an answer is due at once, and a sequence has nothing to decide until its step
-ends. Requests that are there together are answered together. What a sequence does when its step
-ends takes longer than many answers, so steps that ended are handed over one at a time, each
-after all answers that are due.
+ends. Requests that are there together are answered together, and before steps that ended are
+handed over: what sequences do then takes longer.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import deque
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -31,7 +30,9 @@ from privatelora.runtime.codecs import CodecPreferences, Codecs, choose_codecs
 from privatelora.runtime.exchange import StepExchanges
 from privatelora.runtime.link_config import ImpairedConfig
 from privatelora.runtime.link_session import Ending, LinkSession, LinkStep
+from privatelora.runtime.outbox import Outbox
 from privatelora.runtime.payload.codec import CODEC_NAMES
+from privatelora.runtime.sent_log import SentLog
 from privatelora.runtime.wire.failures import error_reply, exception_from
 from privatelora.runtime.wire.handshake import check_hello
 from privatelora.runtime.wire.messages import (
@@ -43,6 +44,8 @@ from privatelora.runtime.wire.messages import (
     Hello,
     Message,
     OpenSession,
+    Ping,
+    Pong,
     Role,
     SessionOpened,
     StepEnd,
@@ -51,7 +54,7 @@ from privatelora.runtime.wire.messages import (
 from privatelora.runtime.wire.prelude import WireLimits
 from privatelora.runtime.wire.state import WireConnection
 from privatelora.transports.base import NO_CREDENTIALS, Connection, Credentials, Limits
-from privatelora.transports.flow import again
+from privatelora.transports.flow import again, wake
 from privatelora.transports.impaired import impaired
 from privatelora.transports.registry import connect
 
@@ -84,9 +87,11 @@ class LinkSettings:
 
 
 async def open_link(
-    settings: LinkSettings, fingerprints: Fingerprints, answers: Answers
+    settings: LinkSettings, fingerprints: Fingerprints, answers: Answers, sent: SentLog
 ) -> CloudLink:
     """Connect and greet; ``answers`` answers the exchanges of all sessions.
+
+    ``sent`` notes what is sent.
 
     Raises ConnectError or TransportTimeout if the cloud is not there, PartitionError if it
     serves another model, plan or basis, VersionMismatch if it speaks another protocol,
@@ -133,7 +138,7 @@ async def open_link(
     except BaseException:
         connection.abort()
         raise
-    return CloudLink(connection, wire, settings, theirs, codecs, answers)
+    return CloudLink(connection, wire, settings, theirs, codecs, answers, sent)
 
 
 _Asked = tuple[ExchangeRequest, LinkSession, LinkStep]
@@ -150,6 +155,7 @@ class CloudLink:
         cloud: Hello,
         codecs: Codecs,
         answers: Answers,
+        sent: SentLog,
     ) -> None:
         self.cloud = cloud
         """What the cloud said of itself and offers."""
@@ -159,12 +165,21 @@ class CloudLink:
         self._wire = wire
         self._settings = settings
         self._answers = answers
+        self._sent = sent
+        self._outbox = Outbox(connection)
+        self._pinging = asyncio.Lock()
+        self._num_pings = 0
+        self._answered: asyncio.Future[None] | None = None
+        """To the last ping."""
         self._sessions: dict[int, LinkSession] = {}
-        self._ended: deque[Ending] = deque()
-        """Arrived and not handed over."""
         self._last_session_id = -1
         self._failure: PrivateLoRAError | None = None
         self._reader = asyncio.create_task(self._read(), name="privatelora-link-reader")
+
+    @property
+    def num_sessions(self) -> int:
+        """Those that are open on it now."""
+        return len(self._sessions)
 
     @property
     def is_open(self) -> bool:
@@ -180,23 +195,23 @@ class CloudLink:
         try:
             await session.open(OpenSession(session.session_id, max_positions, *down))
         except BaseException:
-            await self.close_session(session)
+            self.close_session(session)
             raise
         return session
 
-    async def close_session(self, session: LinkSession) -> None:
+    def close_session(self, session: LinkSession) -> None:
         """Free a session; steps in flight are dropped. May be repeated, never raises."""
         if self._sessions.pop(session.session_id, None) is None:
             return
         session.fail(ConnectionClosed("the sequence was closed"))
         if self.is_open and session.session_id in self._wire.sessions:
-            with contextlib.suppress(TransportError):  # a lost link frees its sessions anyway
-                await self.send(CloseSession(session.session_id))
+            self.send(CloseSession(session.session_id))
 
     async def aclose(self) -> None:
         """Close the connection and everything on it. May be repeated."""
         self._fail(ConnectionClosed("the link to the cloud was closed"))
         self._reader.cancel()
+        self._outbox.abort()
         await asyncio.gather(self._reader, return_exceptions=True)
         await self._connection.aclose()
 
@@ -221,27 +236,45 @@ class CloudLink:
         if self._failure is not None:
             raise again(self._failure)
 
-    async def send(self, message: Message) -> int:
-        """Send a message and return its bytes. Raises TransportError, LocalProtocolError."""
+    def send(self, message: Message) -> int:
+        """Send a message and return its bytes; raises LocalProtocolError.
+
+        It goes out as soon as the connection takes it, whatever becomes of the caller: what was
+        said here must be said to the other end, or they would not agree any more. How much can
+        wait is bounded by what may be in flight.
+        """
         parts = self._wire.send(message)
-        try:
-            await self._connection.send(*parts)
-        except asyncio.CancelledError:
-            # Said for this end and perhaps not for the other: they would not agree any more.
-            self._fail(ConnectionClosed("a message to the cloud was cut off"))
-            self._connection.abort()
-            raise
-        return sum(map(len, parts))
+        self._outbox.post(parts)
+        nbytes = sum(map(len, parts))
+        self._sent.note(message, nbytes)
+        return nbytes
+
+    async def ping(self) -> float:
+        """Round trip to the cloud and back in seconds, beside whatever sessions do.
+
+        Raises as ``LinkSession.end``.
+        """
+        self.require_open()
+        async with self._pinging, self.deadline():
+            self._num_pings += 1
+            self._answered = asyncio.get_running_loop().create_future()
+            started = time.perf_counter()
+            self.send(Ping(self._num_pings))
+            await self._answered
+            round_trip_s = time.perf_counter() - started
+        self.require_open()
+        return round_trip_s
 
     async def _read(self) -> None:
         try:
             while True:
-                asked = await self._take()
+                asked, ended = await self._take()
                 for group in _by_point(asked) if len(asked) > 1 else (asked,):
-                    await self._answer(group)
-                if self._ended:
-                    self._hand_over(self._ended.popleft())
-                elif len(asked) <= 1:
+                    self._answer(group)
+                for ending in ended:
+                    if session := self._sessions.get(ending.session_id):
+                        session.resolve(ending)
+                if not ended and len(asked) <= 1:
                     continue
                 # Whoever waits goes first: the next receive may spin, or need not wait.
                 await asyncio.sleep(0)
@@ -256,15 +289,16 @@ class CloudLink:
             self._fail(PrivateLoRAError(f"answering the cloud failed: {error}"))
             self._connection.abort()
 
-    async def _take(self) -> list[_Asked]:
-        """Take in what is there, within bounds; the exchange requests among it.
+    async def _take(self) -> tuple[list[_Asked], list[Ending]]:
+        """Wait for something and take in what is there, within bounds.
 
-        Waits for something, unless ended steps are still to be handed over.
+        Returns the exchange requests among it, and what has ended.
         """
         asked: list[_Asked] = []
+        ended: list[Ending] = []
         num_frames = num_rows = 0
         connection = self._connection
-        frame = connection.recv_nowait() if self._ended else await connection.recv()
+        frame: memoryview | None = await connection.recv()
         while frame is not None:
             message = self._wire.receive(frame)
             match message:
@@ -278,19 +312,22 @@ class CloudLink:
                     traffic = self._sessions[message.session_id].traffic
                     traffic.received_nbytes += len(frame)
                     traffic.round_trips += 1
-                    self._ended.append(message)
+                    ended.append(message)
                 case ErrorReply(session_id=None):
                     raise exception_from(message)
                 case ErrorReply(session_id=int(session_id)):
                     if failed := self._sessions.pop(session_id, None):
                         failed.fail(exception_from(message))
+                case Pong(nonce):
+                    if nonce == self._num_pings:  # else whoever asked has gone
+                        wake(self._answered)
                 case _:  # late, or the end of a session
                     pass
             num_frames += 1
             if num_frames == MAX_FRAMES_AT_ONCE or num_rows >= MAX_ROWS_AT_ONCE:
                 break
             frame = connection.recv_nowait() if self._may_hold_more() else None
-        return asked
+        return asked, ended
 
     def _may_hold_more(self) -> bool:
         """Whether more than one message can be on its way: one step is asked one thing at a time.
@@ -302,7 +339,7 @@ class CloudLink:
         [session] = self._sessions.values()
         return len(session.in_flight) > 1
 
-    async def _answer(self, asked: list[_Asked]) -> None:
+    def _answer(self, asked: list[_Asked]) -> None:
         """Answer requests for the same point, if there are any."""
         if not asked:
             return
@@ -312,25 +349,22 @@ class CloudLink:
             if session.failure is not None:
                 continue  # it ended meanwhile
             if isinstance(y, ConfigError):
-                await self._drop(session, y)
+                self._drop(session, y)
                 continue
             reply = ExchangeReply(asks.session_id, asks.step_id, point, y)
-            session.traffic.sent_nbytes += await self.send(reply)
+            session.traffic.sent_nbytes += self.send(reply)
             session.traffic.round_trips += 1
 
-    def _hand_over(self, ended: Ending) -> None:
-        if session := self._sessions.get(ended.session_id):
-            session.resolve(ended)
-
-    async def _drop(self, session: LinkSession, error: ConfigError) -> None:
+    def _drop(self, session: LinkSession, error: ConfigError) -> None:
         """End one session that this end cannot go on with."""
         self._sessions.pop(session.session_id, None)
         session.fail(error)
-        await self.send(error_reply(error, session.session_id))
+        self.send(error_reply(error, session.session_id))
 
     async def _say_goodbye(self, error: ProtocolError) -> None:
         try:
-            await self.send(error_reply(error))
+            self.send(error_reply(error))
+            await self._outbox.aclose()
             await self._connection.aclose()
         except (TransportError, ProtocolError):
             self._connection.abort()
@@ -340,6 +374,7 @@ class CloudLink:
             self._failure = error
         for session in self._sessions.values():
             session.fail(error)
+        wake(self._answered)
 
 
 def _by_point(asked: list[_Asked]) -> Iterable[list[_Asked]]:

@@ -35,6 +35,8 @@ from privatelora.runtime.wire.messages import (
     Message,
     OpenSession,
     OutputRows,
+    Ping,
+    Pong,
     Role,
     SessionClosed,
     SessionOpened,
@@ -177,6 +179,8 @@ class CloudPeer:
                     self.fail(message.session_id, error)
             case OpenSession():
                 self._open(message)
+            case Ping(nonce=nonce):
+                self._post(Pong(nonce))
             case CloseSession(session_id=session_id):
                 self._close(session_id)
                 self._post(SessionClosed(session_id))
@@ -261,7 +265,7 @@ class CloudPeer:
                 self._post(ExchangeRequest(session.session_id, step_id, point.index, z))
                 return
             del session.steps[step_id]
-            self._service.note_used(session)
+            self._service.note_used(session, step.context.num_positions)
             rows = step.hidden_states
             if output_rows is not OutputRows.ALL:
                 rows = rows[-1:] if output_rows is OutputRows.LAST else rows[:0]

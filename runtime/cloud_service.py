@@ -12,6 +12,7 @@ import itertools
 import logging
 import time
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -39,6 +40,9 @@ from privatelora.transports.address import parse_address
 from privatelora.transports.base import Connection
 
 logger = logging.getLogger(__name__)
+
+LOOK_AGAIN_S = 0.1
+"""How often a cloud that ends looks for sessions that have become idle."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,9 @@ class CloudService:
         fingerprints: Fingerprints,
         limits: CloudLimits,
         trace: Trace | None = None,
+        make_scheduler: Callable[..., Scheduler] = Scheduler,
     ) -> None:
+        """``make_scheduler`` takes ``num_segments`` and ``max_batch_rows``."""
         self.engine = engine
         self.plan = plan
         self.limits = limits
@@ -94,7 +100,7 @@ class CloudService:
         self.reply_layers = {
             point.index: plan.span_in(point, plan.cloud_layers) for point in plan.wire_points
         }
-        scheduler = Scheduler(
+        scheduler = make_scheduler(
             num_segments=len(plan.wire_points) + 1, max_batch_rows=limits.max_batch_rows
         )
         self.metrics = CloudMetrics(self._occupancy)
@@ -106,15 +112,21 @@ class CloudService:
         """By number; those not used for longest first."""
         self._num_sessions_of: Counter[str] = Counter()
         self._waiting: OrderedDict[tuple[CloudPeer, int], _Waiting] = OrderedDict()
+        self._is_draining = False
 
     async def handle(self, connection: Connection) -> None:
         """Serve one edge until it leaves or breaks the protocol."""
         peer = CloudPeer(self, connection, _client_of(connection))
         with self.metrics.counting(connection):
             try:
+                if self._is_draining:
+                    raise _shutting_down()
                 await peer.run()
             except ConnectionClosed as error:
                 logger.info("%s left: %s", connection.peer, error)
+            except CapacityError as error:
+                logger.info("%s turned away: %s", connection.peer, error)
+                await peer.say_goodbye(error)
             except (ProtocolError, PartitionError, TransportError, AuthError) as error:
                 logger.warning("%s refused: %s", connection.peer, error)
                 peer.close_all()
@@ -122,10 +134,30 @@ class CloudService:
             finally:
                 peer.close_all()
 
+    async def drain(self, timeout_s: float) -> None:
+        """Let nobody in any more; return when no session is left or ``timeout_s`` is over.
+
+        Sessions go on until their edge closes them or they are idle for ``min_idle_s``.
+        """
+        self._is_draining = True
+        for (peer, session_id), waiting in list(self._waiting.items()):
+            waiting.timer.cancel()
+            del self._waiting[peer, session_id]
+            peer.refuse(session_id, _shutting_down())
+        deadline = time.monotonic() + timeout_s
+        while self._sessions and time.monotonic() < deadline:
+            await asyncio.sleep(min(LOOK_AGAIN_S, timeout_s))
+            while self._evict_idle():
+                pass
+        if self._sessions:
+            logger.warning("%d sessions go on no more: the time is over", len(self._sessions))
+
     # Sessions
 
     def ask_for_room(self, peer: CloudPeer, message: OpenSession) -> None:
         """Admit a session now or when there is room. Raises RequestError or CapacityError."""
+        if self._is_draining:
+            raise _shutting_down()
         limits = self.limits
         if not 0 < message.max_positions <= limits.max_positions:
             raise RequestError(
@@ -171,8 +203,9 @@ class CloudService:
         session.kv.release()
         self._admit_next()
 
-    def note_used(self, session: Session) -> None:
+    def note_used(self, session: Session, num_positions: int) -> None:
         """A step of this session has ended."""
+        self.metrics.positions += num_positions
         session.last_used = time.monotonic()
         self._sessions.move_to_end(session.number)
 
@@ -225,6 +258,11 @@ class CloudService:
         if self._waiting.pop(key, None) is not None:
             peer.refuse(session_id, self._full())
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether it lets nobody in any more."""
+        return self._is_draining
+
     def _occupancy(self) -> Occupancy:
         pool = self._pool
         return Occupancy(
@@ -251,6 +289,10 @@ class CloudService:
                 )
                 return True
         return False
+
+
+def _shutting_down() -> CapacityError:
+    return CapacityError("this cloud is shutting down; try again later")
 
 
 def _client_of(connection: Connection) -> str:

@@ -5,37 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field, model_validator
 
-from privatelora.errors import ConfigError
+from privatelora.runtime.host_port import HostPort
+from privatelora.runtime.http_config import HttpConfig
 from privatelora.runtime.link_config import ConfigPath, ImpairedConfig, LinkConfig, PayloadConfig
 from privatelora.runtime.sampling_params import SamplingParams
-from privatelora.transports.address import parse_address
 from privatelora.yaml_file import read_yaml
 
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
 DEVICE_PATTERN = r"^(cpu|cuda(:\d{1,2})?)$"
-
-
-def parse_metrics_address(text: str) -> tuple[str, int]:
-    """Host and port of ``host:port``; port 0 is any free one. Raises ConfigError."""
-    try:
-        address = parse_address(f"http://{text}")
-        address.require_options()
-        host, port = address.require_listen()
-    except ConfigError as error:
-        raise ConfigError(f"expected host:port, such as 127.0.0.1:9464, not {text!r}") from error
-    if host == "*":
-        raise ConfigError("for all interfaces set 0.0.0.0:PORT or [::]:PORT, not '*'")
-    return host, port
-
-
-def _check_metrics_address(text: str) -> str:
-    try:
-        parse_metrics_address(text)
-    except ConfigError as error:
-        raise ValueError(str(error)) from error
-    return text
 
 
 class CloudConfig(LinkConfig):
@@ -46,11 +26,13 @@ class CloudConfig(LinkConfig):
     shard: ConfigPath
     """The ``cloud`` folder that ``privatelora partition`` wrote."""
     device: str = Field(default="cpu", pattern=DEVICE_PATTERN)
+    """``cpu``, ``cuda`` or ``cuda:N``."""
     dtype: DtypeName = "auto"
     """Compute dtype; ``auto`` is the shard's."""
     num_threads: int | None = Field(default=None, gt=0)
     """CPU threads for tensor work; default: all cores."""
     max_sessions: int = Field(default=64, gt=0)
+    """Conversations that are held at once; others wait."""
     max_positions: int = Field(default=8192, gt=0)
     """Longest sequence offered, bounded by the model's context."""
     max_cached_positions: int = Field(default=131072, gt=0)
@@ -60,13 +42,17 @@ class CloudConfig(LinkConfig):
     max_waiting: int = Field(default=64, ge=0)
     """Sessions that wait for room, at most ``max_wait_s``; beyond that they are refused."""
     max_wait_s: float = Field(default=10.0, gt=0, allow_inf_nan=False)
+    """How long a session waits for room before it is refused."""
     min_idle_s: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     """How long a session must be idle before its memory may go to another; it is rebuilt when its
     conversation goes on."""
     max_batch_rows: int = Field(default=128, gt=0)
     """Rows computed at once: more is faster for long prompts, and holds up short answers."""
-    metrics: Annotated[str, AfterValidator(_check_metrics_address)] | None = None
-    """``host:port`` to serve metrics for Prometheus at; it is neither encrypted nor guarded."""
+    metrics: HostPort | None = None
+    """``host:port`` of a small HTTP server: ``/metrics`` for Prometheus, ``/health/live`` and
+    ``/health/ready``. It is neither encrypted nor guarded."""
+    drain_timeout_s: float = Field(default=30.0, ge=0, allow_inf_nan=False)
+    """How long answers under way may take to their end when the cloud is asked to stop."""
     trace: ConfigPath | None = None
     """Chrome trace of the first steps, written when the cloud ends."""
 
@@ -79,9 +65,20 @@ class EdgeConfig(LinkConfig):
     shard: ConfigPath
     """The ``edge`` folder that ``privatelora partition`` wrote."""
     adapter: ConfigPath | None = None
-    """The adapter file; without one the model is the base model."""
+    """The adapter file, offered under its name without the ending."""
+    adapters: dict[ModelName, ConfigPath] = Field(default_factory=dict)
+    """Further ones, each under a name of its own."""
+    base_model: ModelName = "base"
+    """The name of the model without an adapter. Requests that name no model get ``adapter``, else
+    the first of ``adapters``, else this."""
+    max_conversations: int = Field(default=8, gt=0)
+    """Conversations kept ready at once, each a session on the cloud."""
+    max_waiting: int = Field(default=32, ge=0)
+    """Requests that wait while all conversations are busy; beyond that they are refused."""
     dtype: DtypeName = "auto"
+    """Compute dtype; ``auto`` is the shard's."""
     num_threads: int | None = Field(default=None, gt=0)
+    """CPU threads for tensor work; default: all cores."""
     max_positions: int = Field(default=2048, gt=0)
     """Longest conversation, bounded by what the cloud offers."""
     prefill_chunk: int = Field(default=64, gt=0)
@@ -90,11 +87,28 @@ class EdgeConfig(LinkConfig):
     payload: PayloadConfig = PayloadConfig()
     impaired: ImpairedConfig | None = None
     system_prompt: str | None = None
+    """Said first in conversations that do not begin with one of their own."""
     sampling: SamplingParams = SamplingParams()
     """Defaults that a request may override."""
+    http: HttpConfig = HttpConfig()
     connect_timeout_s: float = Field(default=10.0, gt=0, allow_inf_nan=False)
+    """Longest wait for a connection to the cloud."""
     step_timeout_s: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     """Longest wait for one answer of the cloud."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> EdgeConfig:
+        names = [*self.adapters, self.base_model]
+        if self.adapter is not None:
+            names.append(self.adapter.stem)
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two models are named {twice}: give one of them another name")
+        return self
+
+    def adapter_files(self) -> dict[str, Path]:
+        """All adapters by name, the default first."""
+        alone = {} if self.adapter is None else {self.adapter.stem: self.adapter}
+        return {**alone, **self.adapters}
 
 
 def load_cloud_config(path: Path) -> CloudConfig:

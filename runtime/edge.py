@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
-from privatelora.errors import ConfigError
-from privatelora.partition.adapter import init_adapter, load_adapter
+from privatelora.errors import ConfigError, PrivateLoRAError
+from privatelora.partition.adapter import load_adapter
 from privatelora.partition.shard import Shard, open_shard
 from privatelora.partition.tokenizer import load_tokenizer
 from privatelora.runtime.chat import TextModel
-from privatelora.runtime.cloud_link import LinkSettings
+from privatelora.runtime.cloud_link import CloudLink, LinkSettings
 from privatelora.runtime.config import EdgeConfig
 from privatelora.runtime.device import compute_dtype
+from privatelora.runtime.edge_service import CloudStatus, EdgeService
 from privatelora.runtime.exchange import PrivateMatrices
-from privatelora.runtime.split_model import EdgeParts, SplitModel
+from privatelora.runtime.language_model import LanguageModel
+from privatelora.runtime.sent_log import SentLog
+from privatelora.runtime.split_model import CloudAccess, EdgeParts, SplitModel
 from privatelora.runtime.wire.messages import Fingerprints
 from privatelora.transports.address import parse_address
 
@@ -31,11 +36,13 @@ class Edge:
         manifest = self.shard.manifest
         dtype = compute_dtype(config.dtype, manifest.dtype)
         device = torch.device("cpu")
-        matrices = _matrices(config, self.shard)
+        adapters = {
+            name: _matrices(file, self.shard) for name, file in config.adapter_files().items()
+        }
         tensors = self.shard.load(device, dtype)
-        parts = EdgeParts(manifest.config, manifest.plan, tensors, matrices, device, dtype)
+        parts = EdgeParts(manifest.config, manifest.plan, tensors, device, dtype)
         model_limit = manifest.config.max_positions
-        self.model = SplitModel(
+        self.access = CloudAccess(
             parts,
             Fingerprints(*manifest.fingerprints),
             LinkSettings(
@@ -51,25 +58,64 @@ class Edge:
             max_positions=min(config.max_positions, model_limit),
             max_step_positions=config.prefill_chunk,
         )
-        self.text = TextModel(self.model, load_tokenizer(self.shard.tokenizer_dir))
+        tokenizer = load_tokenizer(self.shard.tokenizer_dir)
+        every = {**adapters, config.base_model: None}
+        self.texts = {
+            name: TextModel(SplitModel(parts, self.access, matrices), tokenizer)
+            for name, matrices in every.items()
+        }
+        """Models by name, the default first."""
+        self.text = next(iter(self.texts.values()))
+        self.service = EdgeService(
+            self.texts,
+            self,
+            defaults=config.sampling,
+            system_prompt=config.system_prompt,
+            max_conversations=config.max_conversations,
+            max_waiting=config.max_waiting,
+        )
+
+    @property
+    def model(self) -> LanguageModel:
+        """The default one."""
+        return self.text.model
+
+    @property
+    def sent(self) -> SentLog:
+        """See ``CloudProbe``."""
+        return self.access.sent
+
+    @property
+    def max_positions(self) -> int:
+        """See ``CloudProbe``."""
+        return self.access.max_positions
+
+    async def connect(self) -> CloudLink:
+        """The connection to the cloud, opened now if there is none; raises as ``open_link``."""
+        return await self.access.link()
+
+    async def probe(self) -> CloudStatus:
+        """See ``CloudProbe``."""
+        address = self.config.cloud
+        try:
+            link = await self.connect()
+            return CloudStatus(address, software=link.cloud.software, rtt_s=await link.ping())
+        except PrivateLoRAError as error:
+            return CloudStatus(address, problem=str(error))
 
     async def aclose(self) -> None:
-        """Close the link to the cloud."""
-        await self.model.aclose()
+        """Free what conversations hold and close the link to the cloud."""
+        await self.service.aclose()
+        await self.access.aclose()
 
 
-def _matrices(config: EdgeConfig, shard: Shard) -> PrivateMatrices:
+def _matrices(file: Path, shard: Shard) -> PrivateMatrices:
     manifest = shard.manifest
     fingerprints = manifest.fingerprints
-    if config.adapter is None:
-        adapter = init_adapter(manifest.plan, fingerprints.basis, fingerprints.model)
-    elif not config.adapter.is_file():
+    if not file.is_file():
         raise ConfigError(
-            f"adapter {config.adapter} does not exist; make one with privatelora adapter init, or "
-            "leave the key out to run the base model"
+            f"adapter {file} does not exist; make one with privatelora adapter init, or leave it "
+            "out: the base model is always on offer"
         )
-    else:
-        adapter = load_adapter(
-            config.adapter, manifest.plan, fingerprints.basis, fingerprints.model
-        )
+    adapter = load_adapter(file, manifest.plan, fingerprints.basis, fingerprints.model)
     return PrivateMatrices(manifest.plan, adapter.weights)

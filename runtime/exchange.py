@@ -43,6 +43,15 @@ class PrivateMatrices:
         return torch.bmm(blocks, self._factors[point.index]).transpose(0, 1).reshape(n, -1)
 
 
+def reply_with(
+    plan: Plan, matrices: PrivateMatrices | None, point: ExchangePoint, z: torch.Tensor
+) -> torch.Tensor:
+    """Y of every layer in the point's span, (n, S * y_size) float32; zero without an adapter."""
+    if matrices is None:
+        return torch.zeros(z.shape[0], len(point.layers) * plan.y_size, device=z.device)
+    return matrices.reply(point, z)
+
+
 def run_locally(engine: Engine, step: Step, matrices: PrivateMatrices | None) -> None:
     """Run a step to its end with M at hand; no M counts as zero.
 
@@ -52,10 +61,7 @@ def run_locally(engine: Engine, step: Step, matrices: PrivateMatrices | None) ->
         z = step.z
         if z is None or engine.plan is None:
             raise RuntimeError("an engine asked for an exchange without a plan")
-        if matrices is not None:
-            y = matrices.reply(point, z)
-        else:
-            y = z.new_zeros(z.shape[0], len(point.layers) * engine.plan.y_size)
+        y = reply_with(engine.plan, matrices, point, z)
         step.supply(point.layers, y.to(engine.dtype))
 
 
@@ -63,6 +69,8 @@ def run_locally(engine: Engine, step: Step, matrices: PrivateMatrices | None) ->
 class StepExchanges:
     """What the exchanges of a step in flight need to know of it, and what they leave."""
 
+    matrices: PrivateMatrices | None
+    """The adapter it runs with; without one y is zero."""
     num_rows: int
     codec: str
     """What y is packed with."""
@@ -71,11 +79,10 @@ class StepExchanges:
 
 
 class ExchangeAnswers:
-    """Answers exchange requests, those of one point with one product."""
+    """Answers exchange requests, those of one point and one adapter with one product."""
 
-    def __init__(self, plan: Plan, matrices: PrivateMatrices, device: torch.device) -> None:
+    def __init__(self, plan: Plan, device: torch.device) -> None:
         self._plan = plan
-        self._matrices = matrices
         self._device = device
         self._num_cloud_layers = {
             point.index: len(plan.span_in(point, plan.cloud_layers)) for point in plan.wire_points
@@ -96,11 +103,7 @@ class ExchangeAnswers:
             raise RemoteProtocolError(f"the cloud asked for point {index}, which is not its own")
         point = plan.points[index]
         all_z = [self._read(step, z) for step, z in asked]
-        if len(all_z) == 1:
-            all_y = [self._matrices.reply(point, all_z[0])]
-        else:
-            together = self._matrices.reply(point, torch.cat(all_z))
-            all_y = list(together.split_with_sizes([step.num_rows for step, _ in asked]))
+        all_y = self._multiply(point, [step for step, _ in asked], all_z)
         if late_layers := point.layers[num_cloud:]:
             num_late = len(late_layers) * plan.y_size
             for i, (step, _) in enumerate(asked):
@@ -108,6 +111,23 @@ class ExchangeAnswers:
                 step.late_y.update(zip(late_layers, late_y, strict=True))
                 all_y[i] = all_y[i][:, :-num_late]
         return [_pack_or_refuse(y, step.codec) for y, (step, _) in zip(all_y, asked, strict=True)]
+
+    def _multiply(
+        self, point: ExchangePoint, steps: Sequence[StepExchanges], all_z: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        if len(steps) == 1:
+            return [reply_with(self._plan, steps[0].matrices, point, all_z[0])]
+        all_y = list(all_z)
+        of_adapter: dict[PrivateMatrices | None, list[int]] = {}
+        for i, step in enumerate(steps):
+            of_adapter.setdefault(step.matrices, []).append(i)
+        for matrices, members in of_adapter.items():
+            z = torch.cat([all_z[i] for i in members])
+            together = reply_with(self._plan, matrices, point, z)
+            parts = together.split_with_sizes([steps[i].num_rows for i in members])
+            for i, y in zip(members, parts, strict=True):
+                all_y[i] = y
+        return all_y
 
     def _read(self, step: StepExchanges, z: TensorPayload) -> torch.Tensor:
         if z.shape != (step.num_rows, self._plan.z_size):

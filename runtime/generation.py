@@ -7,20 +7,24 @@ by the same code.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from collections.abc import Sequence as Seq
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TypeVar
 
 import torch
 from tokenizers import Tokenizer
 
 from privatelora.errors import RequestError, SessionEvicted
+from privatelora.runtime.json_constraint import JsonConstraint
 from privatelora.runtime.language_model import LanguageModel, Sequence, Traffic
 from privatelora.runtime.sampler import Sampler
 from privatelora.runtime.sampling_params import SamplingParams
 from privatelora.runtime.text import TextStream
+
+T = TypeVar("T")
 
 MAX_REBUILDS = 3
 """How often in a row a cache is rebuilt; a cloud that takes it away each time has no room."""
@@ -31,6 +35,18 @@ class FinishReason(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How likely the model itself finds a token: penalties, bias and temperature left out.
+
+    ``logprob``: natural logarithm. ``top``: (token id, logprob) of the most likely, descending.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass
@@ -50,6 +66,8 @@ class GenerationStats:
     decode_traffic: Traffic = field(default_factory=Traffic)
     """After it."""
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of each token that was sampled, end-of-sequence excluded, if the parameters ask for them."""
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -77,9 +95,19 @@ class Context:
         self.token_ids: list[int] = []
 
     @property
+    def vocab_size(self) -> int:
+        """Tokens that the model knows."""
+        return self._model.config.vocab_size
+
+    @property
     def traffic(self) -> Traffic:
         """What the sequence sent and got up to now, and those before it that were evicted."""
         return self._earlier_traffic.plus(self._sequence.traffic)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be advanced still."""
+        return self._sequence.is_open
 
     @classmethod
     async def open(cls, model: LanguageModel, max_positions: int | None = None) -> Context:
@@ -95,12 +123,32 @@ class Context:
 
         Runs only what differs from the cache, the last token at least.
         """
+        return await self._rebuilding(self._advance, token_ids)
+
+    async def score(self, token_ids: Seq[int], top: int) -> list[TokenLogprobs]:
+        """How likely each of ``token_ids`` but the first is, given all before it.
+
+        ``top``: most likely tokens to name beside each. Runs all of them, whatever is cached.
+        """
+
+        async def score_all(token_ids: Seq[int]) -> list[TokenLogprobs]:
+            self.token_ids.clear()
+            scored: list[TokenLogprobs] = []
+            async with aclosing(self._run(token_ids, 0, all_rows=True)) as steps:
+                async for logits in steps:
+                    next_ids = token_ids[len(scored) + 1 : len(scored) + 1 + len(logits)]
+                    scored += token_logprobs(logits[: len(next_ids)], next_ids, top)
+            return scored
+
+        return await self._rebuilding(score_all, token_ids)
+
+    async def _rebuilding(self, run: Callable[[Seq[int]], Awaitable[T]], token_ids: Seq[int]) -> T:
         for _ in range(MAX_REBUILDS):
             try:
-                return await self._advance(token_ids)
+                return await run(token_ids)
             except SessionEvicted:
                 await self._rebuild()
-        return await self._advance(token_ids)
+        return await run(token_ids)
 
     async def _rebuild(self) -> None:
         self.token_ids.clear()
@@ -110,21 +158,30 @@ class Context:
         await evicted.aclose()
 
     async def _advance(self, token_ids: Seq[int]) -> torch.Tensor:
+        start = min(common_prefix(self.token_ids, token_ids), len(token_ids) - 1)
+        # A step that fails half-way leaves the cache good up to the last one that did not.
+        del self.token_ids[start:]
+        async with aclosing(self._run(token_ids, start)) as steps:
+            *_, logits = [logits async for logits in steps]
+        return logits[0]
+
+    async def _run(
+        self, token_ids: Seq[int], start: int, *, all_rows: bool = False
+    ) -> AsyncGenerator[torch.Tensor, None]:
+        """Run what follows ``start`` in steps that suit the model, and yield their logits."""
         if len(token_ids) > self.max_positions:
             raise RequestError(
                 f"{len(token_ids)} tokens do not fit the context of {self.max_positions}; "
                 "shorten the prompt"
             )
-        start = min(common_prefix(self.token_ids, token_ids), len(token_ids) - 1)
-        # A step that fails half-way leaves the cache good up to the last one that did not.
-        del self.token_ids[start:]
         size = self._model.max_step_positions
         chunks = [token_ids[i : i + size] for i in range(start, len(token_ids), size)]
-        async with aclosing(self._sequence.forward_chunks(chunks, start)) as steps:
+        running = self._sequence.forward_chunks(chunks, start, all_rows=all_rows)
+        async with aclosing(running) as steps:
             for chunk in chunks:
                 logits = await anext(steps)
                 self.token_ids.extend(chunk)
-        return logits[0]
+                yield logits
 
     async def aclose(self) -> None:
         """Free the sequence."""
@@ -137,10 +194,12 @@ async def generate_tokens(
     params: SamplingParams,
     eos_ids: Seq[int],
     stats: GenerationStats,
+    constraint: JsonConstraint | None = None,
 ) -> AsyncGenerator[int, None]:
     """Yield sampled tokens, the end-of-sequence token excluded.
 
-    Closing the iterator cancels: the context stays usable, its cache intact up to the last
+    ``constraint`` says what the answer may be; it also says when it ends, whatever ``ignore_eos``
+    does. Closing the iterator cancels: the context stays usable, its cache intact up to the last
     finished step. Raises RequestError if the prompt leaves no room for an answer.
     """
     if not prompt_ids:
@@ -150,7 +209,8 @@ async def generate_tokens(
             f"the prompt has {len(prompt_ids)} tokens and the context holds "
             f"{context.max_positions}: no room is left for an answer; shorten the prompt"
         )
-    sampler = Sampler(params, banned_ids=eos_ids if params.ignore_eos else ())
+    banned_ids = eos_ids if params.ignore_eos and constraint is None else ()
+    sampler = Sampler(params, len(prompt_ids), banned_ids, constraint)
     token_ids = list(prompt_ids)
     stats.prompt_tokens = len(token_ids)
     stats.cached_tokens = min(common_prefix(context.token_ids, token_ids), len(token_ids) - 1)
@@ -173,6 +233,8 @@ async def generate_tokens(
             stats.finish_reason = FinishReason.STOP
             return
         token_ids.append(token_id)
+        if params.logprobs is not None:
+            stats.logprobs += token_logprobs(logits[None], [token_id], params.logprobs)
         yield token_id
     stats.finish_reason = FinishReason.LENGTH
 
@@ -187,7 +249,12 @@ async def generate_text(
 ) -> AsyncGenerator[str, None]:
     """Yield pieces of the answer's text as they become certain; see ``generate_tokens``."""
     text = TextStream(tokenizer, params.stop)
-    tokens = generate_tokens(context, prompt_ids, params, eos_ids, stats)
+    constraint = None
+    if params.json_schema is not None:
+        constraint = JsonConstraint(
+            params.json_schema, tokenizer, context.vocab_size, tuple(eos_ids)
+        )
+    tokens = generate_tokens(context, prompt_ids, params, eos_ids, stats, constraint)
     try:
         async for token_id in tokens:
             if piece := text.push(token_id):
@@ -200,6 +267,20 @@ async def generate_text(
     finally:
         # Without this an abandoned inner iterator is finalised by the garbage collector, late.
         await tokens.aclose()
+
+
+@torch.inference_mode()
+def token_logprobs(logits: torch.Tensor, token_ids: Seq[int], top: int) -> list[TokenLogprobs]:
+    """How likely ``token_ids`` are, by logits (len(token_ids), vocab_size)."""
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    chosen = logprobs.gather(1, torch.tensor(token_ids, dtype=torch.int64)[:, None])[:, 0]
+    values, ids = logprobs.topk(top, dim=-1)
+    return [
+        TokenLogprobs(token_id, logprob, tuple(zip(best_ids, best, strict=True)))
+        for token_id, logprob, best_ids, best in zip(
+            token_ids, chosen.tolist(), ids.tolist(), values.tolist(), strict=True
+        )
+    ]
 
 
 def common_prefix(a: Seq[int], b: Seq[int]) -> int:

@@ -110,12 +110,13 @@ class KVCache:
         """Blocks that ``reserve`` would have to take at least."""
         return max(0, self.pool.blocks_for(position + num_positions) - self.num_blocks)
 
-    def reserve(self, position: int, num_positions: int) -> None:
+    def reserve(self, position: int, num_positions: int, max_spare: int | None = None) -> None:
         """Take the blocks for a step that will write here; what is stored stays.
 
         Where growing means moving, it takes more than the step needs while there are enough: a
-        quarter of what is held. Raises RequestError beyond the capacity and CapacityError when
-        the pool has too few blocks left, or the machine no memory.
+        quarter of what is held, unless that is above ``max_spare`` blocks. Raises RequestError
+        beyond the capacity and CapacityError when the pool has too few blocks left, or the machine
+        no memory.
         """
         self.check_room(position, num_positions)
         if position + num_positions <= self._num_positions:
@@ -130,6 +131,8 @@ class KVCache:
             )
         most = min(pool.num_free_blocks, pool.blocks_for(self.capacity) - self.num_blocks)
         spare = 0 if pool.grows_in_place else self.num_blocks // 4
+        if max_spare is not None:
+            spare = min(spare, max_spare)
         self._resize(self.num_blocks + min(max(wanted, spare), most))
 
     def truncate(self, position: int) -> None:

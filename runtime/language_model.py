@@ -63,14 +63,19 @@ class Sequence(Protocol):
         """
 
     def forward_chunks(
-        self, chunks: Seq[Seq[int]], position: int
+        self, chunks: Seq[Seq[int]], position: int, *, all_rows: bool = False
     ) -> AsyncGenerator[torch.Tensor, None]:
         """Run tokens from ``position`` on in steps, cut as ``chunks`` are; later ones may begin
         before earlier ones have ended.
 
         Yields each step's logits when it has ended: (1, vocab_size) for the last, none for the
-        others. Steps that were not yielded count as not run. Raises as ``forward``.
+        others; with ``all_rows`` those of all its positions, (len(chunk), vocab_size). Steps
+        that were not yielded count as not run. Raises as ``forward``.
         """
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be run still: it was not closed, and the other side not lost."""
 
     async def aclose(self) -> None:
         """Free the cache. May be repeated."""
@@ -80,10 +85,14 @@ class LanguageModel(Protocol):
     """Something that opens sequences."""
 
     config: DecoderConfig
-    max_positions: int
-    """Longest sequence it offers: prompt and answer together."""
-    max_step_positions: int
-    """Most positions it takes in one ``forward``."""
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence it offers: prompt and answer together."""
+
+    @property
+    def max_step_positions(self) -> int:
+        """Most positions it takes in one ``forward``."""
 
     async def open_sequence(self, max_positions: int) -> Sequence:
         """Reserve a cache; CapacityError when there is no room now."""
@@ -171,17 +180,28 @@ class UnsplitSequence:
         return self._ends.logits(select_rows(step.hidden_states, rows))
 
     async def forward_chunks(
-        self, chunks: Seq[Seq[int]], position: int
+        self, chunks: Seq[Seq[int]], position: int, *, all_rows: bool = False
     ) -> AsyncGenerator[torch.Tensor, None]:
         """See ``Sequence.forward_chunks``; one after the other."""
         for index, chunk in enumerate(chunks):
-            yield await self.forward(
-                chunk, position, "last" if index == len(chunks) - 1 else "none"
-            )
+            rows = rows_of_chunk(index, len(chunks), all_rows)
+            yield await self.forward(chunk, position, rows)
             position += len(chunk)
+
+    @property
+    def is_open(self) -> bool:
+        """See ``Sequence.is_open``."""
+        return True
 
     async def aclose(self) -> None:
         """See ``Sequence.aclose``; the memory goes with the object."""
+
+
+def rows_of_chunk(index: int, num_chunks: int, all_rows: bool) -> Rows:
+    """Which logits a chunk of ``Sequence.forward_chunks`` yields."""
+    if all_rows:
+        return "all"
+    return "last" if index == num_chunks - 1 else "none"
 
 
 def select_rows(hidden_states: torch.Tensor, rows: Rows) -> torch.Tensor:

@@ -4,9 +4,9 @@
     <- {"event": "text", "text": "Hel"}
     <- {"event": "done", "text": "Hello!", "finish_reason": "stop", "figures": {...}}
 
-A request has ``messages`` or a plain ``prompt``; ``sampling`` overrides the edge's defaults;
-``id`` comes back with every event. A request that cannot be served gets
-``{"event": "error", ...}`` and the service goes on.
+A request has ``messages`` or a plain ``prompt``; ``model`` names one of the edge's models;
+``sampling`` overrides the edge's defaults; ``id`` comes back with every event. A request that
+cannot be served gets ``{"event": "error", ...}`` and the service goes on.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from privatelora.errors import PrivateLoRAError, RequestError
-from privatelora.runtime.chat import ChatMessage, Conversation, TextModel
+from privatelora.runtime.chat import ChatMessage
+from privatelora.runtime.edge_service import EdgeService
 from privatelora.runtime.figures import figures
 from privatelora.runtime.generation import GenerationStats
-from privatelora.runtime.sampling_params import SamplingParams
 from privatelora.yaml_file import explain
 
 MAX_LINE_CHARS = 4 * 2**20
@@ -44,6 +44,7 @@ class LineRequest(BaseModel):
     id: str | int | None = None
     messages: list[LineMessage] | None = Field(default=None, min_length=1)
     prompt: str | None = None
+    model: str | None = None
     sampling: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -54,24 +55,16 @@ class LineRequest(BaseModel):
 
 
 class LineService:
-    """Answers requests one after the other in one conversation's cache."""
+    """Answers requests one after the other."""
 
-    def __init__(
-        self, text: TextModel, defaults: SamplingParams, system_prompt: str | None
-    ) -> None:
-        self._text = text
-        self._defaults = defaults
-        self._system_prompt = system_prompt
-        self._conversation = Conversation(text)
+    def __init__(self, service: EdgeService) -> None:
+        self._service = service
 
     async def run(self, lines: AsyncIterator[str], emit: Callable[[dict[str, Any]], None]) -> None:
         """Serve until ``lines`` ends; ``emit`` gets every event."""
-        try:
-            async for line in lines:
-                if line.strip():
-                    await self._answer(line, emit)
-        finally:
-            await self._conversation.aclose()
+        async for line in lines:
+            if line.strip():
+                await self._answer(line, emit)
 
     async def _answer(self, line: str, emit: Callable[[dict[str, Any]], None]) -> None:
         tag: dict[str, Any] = {}
@@ -79,11 +72,11 @@ class LineService:
             values = _read(line)
             tag = _tag(values)
             request = _checked(values)
-            params = self._params(request)
+            params = self._service.params(request.sampling)
             prompt_ids = self._prompt_ids(request)
             stats = GenerationStats()
             pieces = []
-            async for piece in self._conversation.stream(prompt_ids, params, stats):
+            async for piece in self._service.stream(request.model, prompt_ids, params, stats):
                 pieces.append(piece)
                 emit({**tag, "event": "text", "text": piece})
         except PrivateLoRAError as error:
@@ -99,23 +92,16 @@ class LineService:
             }
         )
 
-    def _params(self, request: LineRequest) -> SamplingParams:
-        try:
-            return SamplingParams.model_validate(
-                {**self._defaults.model_dump(), **request.sampling}
-            )
-        except ValidationError as error:
-            raise RequestError(f"sampling: {explain(error, SamplingParams)}") from error
-
     def _prompt_ids(self, request: LineRequest) -> list[int]:
+        text, system_prompt = self._service.text(request.model), self._service.system_prompt
         if request.prompt is not None:
-            return self._text.encode_prompt(request.prompt)
+            return text.encode_prompt(request.prompt)
         messages: list[ChatMessage] = [
             {"role": turn.role, "content": turn.content} for turn in request.messages or []
         ]
-        if self._system_prompt is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self._system_prompt})
-        return self._text.encode_chat(messages)
+        if system_prompt is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system_prompt})
+        return text.encode_chat(messages)
 
 
 def _read(line: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
@@ -11,9 +11,12 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     ValidationInfo,
     model_validator,
 )
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from privatelora.errors import ConfigError
 from privatelora.runtime.codecs import CodecPreferences
@@ -35,22 +38,28 @@ ConfigPath = Annotated[Path, AfterValidator(_beside_the_file)]
 class Settings(BaseModel):
     """A section of a file: it cannot be changed, and has no keys but its own."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class TlsConfig(Settings):
     """Files (PEM) for ``tls://``; see TlsCredentials."""
 
     certificate: ConfigPath | None = None
+    """What this end shows; a cloud needs one, an edge where the cloud asks for it."""
     key: ConfigPath | None = None
+    """The certificate's secret key."""
     trust: ConfigPath | None = None
+    """Certificates that the other end must have: a file, or a folder of *.crt and *.pem. Without
+    it an edge trusts the authorities that this system trusts, and a cloud every edge."""
 
 
 class CurveConfig(Settings):
     """Files for CURVE on ``zmq+tcp://`` and ``zmq+ipc://``; see CurveCredentials."""
 
     key: ConfigPath
+    """This end's secret key (.key)."""
     trust: ConfigPath
+    """Public key (.pub) of the cloud; for a cloud that of an edge, or a folder of them."""
 
 
 def credentials(tls: TlsConfig | None, curve: CurveConfig | None) -> Credentials:
@@ -67,6 +76,7 @@ class LinkConfig(Settings):
     tls: TlsConfig | None = None
     curve: CurveConfig | None = None
     max_frame_mib: int = Field(default=64, gt=0, le=4095)
+    """Largest message that is taken from the other end."""
     spin_us: int | None = Field(default=None, ge=0, le=10_000)
     """Look for the next frame this long before sleeping: faster on one machine or a fast LAN,
     for a core kept busy while answers are generated. Default: what the transport thinks best."""
@@ -91,12 +101,19 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+_CodecName = Literal[CODEC_NAMES]  # type: ignore[valid-type]  # for the schema only
+
 CodecChoice = Annotated[
     tuple[Annotated[str, AfterValidator(_known_codec)], ...],
-    BeforeValidator(_as_list),
+    BeforeValidator(_as_list, json_schema_input_type=_CodecName | tuple[_CodecName, ...]),
     Field(min_length=1),
 ]
 """One codec, or several in order of preference; the first that the cloud knows is used."""
+
+
+def _or_one_name(schema: JsonSchemaValue) -> JsonSchemaValue:
+    """A section, or the name of one codec for all of it."""
+    return {"anyOf": [schema, {"enum": list(CODEC_NAMES), "type": "string"}]}
 
 
 class DirectionConfig(Settings):
@@ -111,6 +128,12 @@ class DirectionConfig(Settings):
         if isinstance(value, str):
             return {"hidden_states": value, "exchange": value}
         return value
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return _or_one_name(handler(schema))
 
 
 class UpConfig(DirectionConfig):
@@ -143,6 +166,12 @@ class PayloadConfig(Settings):
     def _one_for_both(cls, value: object) -> object:
         return {"up": value, "down": value} if isinstance(value, str) else value
 
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return _or_one_name(handler(schema))
+
     def preferences(self) -> CodecPreferences:
         """What to agree on with the cloud."""
         up, down = self.up, self.down
@@ -153,8 +182,10 @@ class ImpairmentConfig(Settings):
     """What one direction of a rehearsed network does; see Impairment."""
 
     bandwidth_mbps: float | None = None
+    """Megabits per second."""
     delay_ms: float = 0.0
     jitter_ms: float = 0.0
+    """Each frame is up to this much earlier or later."""
     stall_probability: float = 0.0
     stall_ms: float = 0.0
     truncate_probability: float = 0.0
@@ -175,11 +206,11 @@ class ImpairmentConfig(Settings):
 
 
 class ImpairedConfig(Settings):
-    """A worse network than there is, to rehearse a deployment on one machine.
-
-    ``up``: from edge to cloud. ``seed``: of jitter and faults.
-    """
+    """A worse network than there is, to rehearse a deployment on one machine."""
 
     up: ImpairmentConfig = ImpairmentConfig()
+    """From edge to cloud."""
     down: ImpairmentConfig = ImpairmentConfig()
+    """From cloud to edge."""
     seed: int = 0
+    """Of jitter and faults."""

@@ -38,13 +38,13 @@ class SessionLink(Protocol):
     def require_open(self) -> None:
         """Raise what the link has failed with, if it has."""
 
-    async def send(self, message: Message) -> int:
-        """Send a message and return its bytes. Raises TransportError, LocalProtocolError."""
+    def send(self, message: Message) -> int:
+        """Send a message and return its bytes. Raises LocalProtocolError."""
 
     def deadline(self) -> contextlib.AbstractAsyncContextManager[None]:
         """Bound a wait for the cloud; past it the link fails with TransportTimeout."""
 
-    async def close_session(self, session: LinkSession) -> None:
+    def close_session(self, session: LinkSession) -> None:
         """Free a session; steps in flight are dropped. May be repeated, never raises."""
 
 
@@ -76,14 +76,19 @@ class LinkSession:
         self._last_step_id = -1
         self._settling: asyncio.Future[None] | None = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it can go on, if need be after its cache was rebuilt."""
+        return self.failure is None or isinstance(self.failure, SessionEvicted)
+
     async def open(self, message: OpenSession) -> None:
         """Open the session on the cloud."""
-        opening = LinkStep(StepExchanges(0, ""))
+        opening = LinkStep(StepExchanges(None, 0, ""))
         async with self._link.deadline():
-            await self._ask(_OPENING, message, opening)
+            self._ask(_OPENING, message, opening)
             await self._outcome(opening)
 
-    async def begin(
+    def begin(
         self,
         position: int,
         output_rows: OutputRows,
@@ -98,8 +103,7 @@ class LinkSession:
         self._last_step_id = step_id = self._last_step_id + 1
         step = LinkStep(exchanges)
         begin = StepBegin(self.session_id, step_id, position, output_rows, hidden_states, opening)
-        async with self._link.deadline():
-            await self._ask(step_id, begin, step)
+        self._ask(step_id, begin, step)
         return step
 
     async def end(self, step: LinkStep) -> TensorPayload:
@@ -124,7 +128,7 @@ class LinkSession:
 
     async def aclose(self) -> None:
         """Free the session. May be repeated, never raises."""
-        await self._link.close_session(self)
+        self._link.close_session(self)
 
     def resolve(self, message: Ending) -> None:
         """Hand what has ended to whoever waits for it."""
@@ -140,7 +144,7 @@ class LinkSession:
         for step in steps:
             self._finish(step, error)
 
-    async def _ask(self, step_id: int, message: Message, step: LinkStep) -> None:
+    def _ask(self, step_id: int, message: Message, step: LinkStep) -> None:
         self._link.require_open()
         if isinstance(self.failure, SessionEvicted):
             raise again(self.failure)  # which the caller can mend
@@ -148,7 +152,7 @@ class LinkSession:
             raise ConnectionClosed(f"the sequence has ended: {self.failure}")
         self.in_flight[step_id] = step  # now, for the cloud may answer before the send returns
         try:
-            self.traffic.sent_nbytes += await self._link.send(message)
+            self.traffic.sent_nbytes += self._link.send(message)
         except PrivateLoRAError:
             self.in_flight.pop(step_id, None)  # it was not said, so nothing will end it
             raise

@@ -7,9 +7,11 @@ import gc
 import importlib
 import signal
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
@@ -25,28 +27,48 @@ def run(main: Coroutine[Any, Any, T]) -> T:
         return runner.run(main)
 
 
+class StopSignals:
+    """Hears SIGTERM and SIGINT while its context lasts. Each ends one wait, now or the next."""
+
+    def __init__(self) -> None:
+        self._stop = asyncio.Event()
+
+    async def wait(self) -> None:
+        """Return when the process is asked to stop."""
+        await self._stop.wait()
+        self._stop.clear()
+
+    async def bound(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run ``work`` until it ends or the process is asked to stop, which cancels it."""
+        tasks = {asyncio.create_task(work), asyncio.create_task(self.wait())}
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for task in done:
+            task.result()
+
+    def __enter__(self) -> Self:
+        loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self._stop.set)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)
+
+
 async def wait_for_stop() -> None:
     """Return when the process is asked to stop (SIGTERM or SIGINT)."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    signals = (signal.SIGTERM, signal.SIGINT)
-    for number in signals:
-        loop.add_signal_handler(number, stop.set)
-    try:
+    with StopSignals() as stop:
         await stop.wait()
-    finally:
-        for number in signals:
-            loop.remove_signal_handler(number)
 
 
 async def until_stopped(work: Coroutine[Any, Any, None]) -> None:
     """Run ``work`` until it ends or the process is asked to stop, which cancels it."""
-    tasks = {asyncio.create_task(work), asyncio.create_task(wait_for_stop())}
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    for task in done:
-        task.result()
+    with StopSignals() as stop:
+        await stop.bound(work)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Any
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -16,6 +18,18 @@ class SamplingParams(BaseModel):
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100.0)
+    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    """Taken off the logits of tokens that the answer has already."""
+    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    """Taken off as often as the answer has them."""
+    logit_bias: dict[int, Annotated[float, Field(ge=-100.0, le=100.0)]] = Field(
+        default={}, max_length=1024
+    )
+    """Added to the logits of these tokens."""
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    """Note how likely each token was, and this many of the most likely."""
+    json_schema: dict[str, Any] | None = None
+    """The answer is JSON of this schema."""
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     max_tokens: int = Field(default=512, gt=0)
     stop: tuple[str, ...] = Field(default=(), max_length=16)

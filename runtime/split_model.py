@@ -23,10 +23,19 @@ from privatelora.runtime.exchange import (
     ExchangeAnswers,
     PrivateMatrices,
     StepExchanges,
+    reply_with,
     run_locally,
 )
-from privatelora.runtime.language_model import Ends, Rows, Traffic, select_rows
+from privatelora.runtime.language_model import (
+    Ends,
+    Rows,
+    Traffic,
+    rows_of_chunk,
+    select_rows,
+)
 from privatelora.runtime.link_session import LinkSession, LinkStep
+from privatelora.runtime.sent_log import SentLog
+from privatelora.runtime.shared_head import SharedHead
 from privatelora.runtime.tensors import pack, unpack
 from privatelora.runtime.wire.messages import Fingerprints, OutputRows, TensorPayload
 
@@ -42,47 +51,59 @@ enough where a segment takes a 32nd of a round trip. More would only hold memory
 rows on either side, and make whoever cancels a prompt wait longer for what is left of it."""
 
 
+MAX_SHARED_ROWS = 4
+"""Of a step whose logits are computed together with others': more fill a product of their own."""
+
+
 class EdgeParts:
-    """Everything the edge computes: embedding, own layers, M, folded point, norm and head."""
+    """What the edge computes whatever the adapter: embedding, own layers, folded point, head."""
 
     def __init__(
         self,
         config: DecoderConfig,
         plan: Plan,
         tensors: Tensors,
-        matrices: PrivateMatrices,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         """Build from the edge shard's ``tensors``, which are on ``device`` in ``dtype``."""
         self.config = config
         self.plan = plan
-        self.matrices = matrices
         self.device = device
         self.dtype = dtype
         self.ends = Ends(config, tensors)
+        self.head = SharedHead(self.ends)
         self.first = Engine(config, plan, plan.edge_first_layers, tensors, device, dtype)
         self.last = Engine(config, plan, plan.edge_last_layers, tensors, device, dtype)
-        self.answers = ExchangeAnswers(plan, matrices, device)
+        self.answers = ExchangeAnswers(plan, device)
         norm_name = folded_norm_name(plan)
         if plan.folded_point is not None and norm_name is not None:
             self._folded_norm = tensors[norm_name]
             self._folded_a = tensors[lora_a_name(plan.folded_point)]
 
     @torch.inference_mode()
-    def fold(self, hidden_states: torch.Tensor, y: dict[int, torch.Tensor]) -> None:
+    def fold(
+        self,
+        hidden_states: torch.Tensor,
+        matrices: PrivateMatrices | None,
+        y: dict[int, torch.Tensor],
+    ) -> None:
         """Add to ``y`` what the point at the cloud's first layer gives, if there is one."""
         point = self.plan.folded_point
         if point is None:
             return
         eps = self.config.rms_norm_eps
         normed = F.rms_norm(hidden_states, self._folded_norm.shape, self._folded_norm, eps)
-        reply = self.matrices.reply(point, linear(normed, self._folded_a))
+        reply = reply_with(self.plan, matrices, point, linear(normed, self._folded_a))
         y.update(zip(point.layers, reply.chunk(len(point.layers), dim=1), strict=True))
 
 
-class SplitModel:
-    """Opens sequences on the cloud, connecting (again) when there is no live link."""
+class CloudAccess:
+    """The one connection that all models of an edge share, opened again when it was lost.
+
+    ``max_positions``, ``max_step_positions``: of one sequence and one step; less once a cloud
+    was reached that offers less.
+    """
 
     def __init__(
         self,
@@ -92,7 +113,7 @@ class SplitModel:
         max_positions: int,
         max_step_positions: int,
     ) -> None:
-        self.config = parts.config
+        self.sent = SentLog()
         self.max_positions = max_positions
         self.max_step_positions = max_step_positions
         self._parts = parts
@@ -108,18 +129,12 @@ class SplitModel:
                 await self._link.aclose()
                 self._link = None
             if self._link is None:
-                link = await open_link(self._settings, self._fingerprints, self._parts.answers)
-                self._link = link
+                self._link = link = await open_link(
+                    self._settings, self._fingerprints, self._parts.answers, self.sent
+                )
                 self.max_positions = min(self.max_positions, link.cloud.max_positions)
                 self.max_step_positions = min(self.max_step_positions, self._largest_step(link))
             return self._link
-
-    async def open_sequence(self, max_positions: int) -> SplitSequence:
-        """Reserve a cache on the cloud. Raises CapacityError, RequestError, TransportError."""
-        link = await self.link()
-        sequence = SplitSequence(self._parts, link)
-        await sequence.open(min(max_positions, self.max_positions))
-        return sequence
 
     async def aclose(self) -> None:
         """Close the link. May be repeated."""
@@ -131,7 +146,7 @@ class SplitModel:
         """Positions whose largest frame fits both ends' limits, counting 4 bytes a number."""
         plan = self._parts.plan
         widest = max(
-            self.config.hidden_size + len(plan.opening_layers) * plan.y_size,
+            self._parts.config.hidden_size + len(plan.opening_layers) * plan.y_size,
             plan.every * plan.y_size,
             plan.z_size,
         )
@@ -143,6 +158,35 @@ class SplitModel:
                 "this model; raise max_frame_mib"
             )
         return positions
+
+
+class SplitModel:
+    """The model with one adapter, or with none: opens sequences on the cloud."""
+
+    def __init__(
+        self, parts: EdgeParts, access: CloudAccess, matrices: PrivateMatrices | None
+    ) -> None:
+        self.config = parts.config
+        self._parts = parts
+        self._access = access
+        self._matrices = matrices
+
+    @property
+    def max_positions(self) -> int:
+        """See ``LanguageModel``."""
+        return self._access.max_positions
+
+    @property
+    def max_step_positions(self) -> int:
+        """See ``LanguageModel``."""
+        return self._access.max_step_positions
+
+    async def open_sequence(self, max_positions: int) -> SplitSequence:
+        """Reserve a cache on the cloud. Raises CapacityError, RequestError, TransportError."""
+        link = await self._access.link()
+        sequence = SplitSequence(self._parts, link, self._matrices)
+        await sequence.open(min(max_positions, self.max_positions))
+        return sequence
 
 
 @dataclass
@@ -159,8 +203,9 @@ class _Step:
 class SplitSequence:
     """One sequence: its cache lies with the cloud, and with the edge for the edge's layers."""
 
-    def __init__(self, parts: EdgeParts, link: CloudLink) -> None:
+    def __init__(self, parts: EdgeParts, link: CloudLink, matrices: PrivateMatrices | None) -> None:
         self._parts = parts
+        self._matrices = matrices
         self._link = link
         self._codecs = link.codecs
         self._session: LinkSession | None = None
@@ -176,10 +221,10 @@ class SplitSequence:
     async def forward(self, token_ids: Seq[int], position: int, rows: Rows) -> torch.Tensor:
         """See ``Sequence.forward``."""
         await self._settle()
-        return await self._end(await self._begin(token_ids, position, rows))
+        return await self._end(self._begin(token_ids, position, rows))
 
     async def forward_chunks(
-        self, chunks: Seq[Seq[int]], position: int
+        self, chunks: Seq[Seq[int]], position: int, *, all_rows: bool = False
     ) -> AsyncGenerator[torch.Tensor, None]:
         """See ``Sequence.forward_chunks``; up to MAX_STEPS_IN_FLIGHT steps at a time."""
         await self._settle()
@@ -189,11 +234,16 @@ class SplitSequence:
                 yield await self._end(in_flight.popleft())
             if in_flight:
                 await asyncio.sleep(0)  # answers that are due go before the next chunk
-            rows: Rows = "last" if index == len(chunks) - 1 else "none"
-            in_flight.append(await self._begin(chunk, position, rows))
+            rows = rows_of_chunk(index, len(chunks), all_rows)
+            in_flight.append(self._begin(chunk, position, rows))
             position += len(chunk)
         while in_flight:
             yield await self._end(in_flight.popleft())
+
+    @property
+    def is_open(self) -> bool:
+        """See ``Sequence.is_open``."""
+        return self._session is not None and self._link.is_open and self._session.is_open
 
     async def aclose(self) -> None:
         """See ``Sequence.aclose``."""
@@ -210,26 +260,26 @@ class SplitSequence:
         # A step may only begin where the one before it ended, if that is still in flight.
         await self._open_session().settle()
 
-    async def _begin(self, token_ids: Seq[int], position: int, rows: Rows) -> _Step:
+    def _begin(self, token_ids: Seq[int], position: int, rows: Rows) -> _Step:
         """Run the edge's first layers and send the step."""
         session = self._open_session()
         parts, plan = self._parts, self._parts.plan
         first = parts.first.begin(parts.ends.embed(token_ids), position, self._first_kv)
-        run_locally(parts.first, first, parts.matrices)
+        run_locally(parts.first, first, self._matrices)
         y = first.y
-        parts.fold(first.hidden_states, y)
+        parts.fold(first.hidden_states, self._matrices, y)
         opening = None
         if plan.opening_layers:
             concatenated = torch.cat([y.pop(layer) for layer in plan.opening_layers], dim=1)
             opening = pack(concatenated, self._codecs.exchange_up)
         # The edge's last layers need every row, to cache its keys and values.
         cloud_rows = OutputRows.ALL if plan.edge_last else _OUTPUT_ROWS[rows]
-        on_link = await session.begin(
+        on_link = session.begin(
             position,
             cloud_rows,
             pack(first.hidden_states, self._codecs.hidden_states_up),
             opening,
-            StepExchanges(len(token_ids), self._codecs.exchange_up, y),
+            StepExchanges(self._matrices, len(token_ids), self._codecs.exchange_up, y),
         )
         return _Step(session, on_link, position, rows, cloud_rows)
 
@@ -241,8 +291,10 @@ class SplitSequence:
             last = parts.last.begin(hidden_states, step.position, self._last_kv)
             late_y = step.on_link.exchanges.late_y
             last.y = {layer: y.to(parts.dtype) for layer, y in late_y.items()}
-            run_locally(parts.last, last, parts.matrices)
+            run_locally(parts.last, last, self._matrices)
             hidden_states = select_rows(last.hidden_states, step.rows)
+        if self._link.num_sessions > 1 and 0 < len(hidden_states) <= MAX_SHARED_ROWS:
+            return await parts.head.logits(hidden_states)
         return parts.ends.logits(hidden_states)
 
     def _checked(self, returned: TensorPayload, step: _Step) -> torch.Tensor:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from itertools import accumulate
 from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -24,7 +24,6 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from privatelora.errors import ConnectError
 from privatelora.runtime.scheduler import Batch
 from privatelora.transports.base import Connection
 
@@ -78,6 +77,7 @@ class CloudMetrics(Collector):
 
     def __init__(self, occupancy: Callable[[], Occupancy]) -> None:
         """``occupancy`` is called when somebody asks, from any thread."""
+        self.positions = 0
         self.sessions_opened = 0
         self.sessions_refused = 0
         self.sessions_evicted = 0
@@ -141,6 +141,7 @@ class CloudMetrics(Collector):
         for name, text, value in (
             ("batches", "Batches that the engine ran.", rows.count),
             ("rows", "Positions computed, each counted in every segment.", rows.sum),
+            ("positions", "Positions computed to the end: tokens read or made.", self.positions),
             ("sessions_opened", "Sessions that were let in.", self.sessions_opened),
             ("sessions_refused", "Sessions that were not let in.", self.sessions_refused),
             ("sessions_evicted", "Idle sessions that lost their cache.", self.sessions_evicted),
@@ -156,23 +157,3 @@ class CloudMetrics(Collector):
             ("kv_blocks", "Blocks that the KV cache has.", now.kv_blocks),
         ):
             yield GaugeMetricFamily(PREFIX + name, text, value)
-
-
-@contextmanager
-def serving_metrics(registry: CollectorRegistry, host: str, port: int) -> Iterator[int]:
-    """Answer HTTP GET from a thread of its own while the context lasts; gives the port.
-
-    ``port`` 0 is any free one. Raises ConnectError if the address cannot be listened on.
-    """
-    try:
-        server, thread = start_http_server(port, host, registry)
-    except OSError as error:
-        raise ConnectError(
-            f"cannot serve metrics on {host} port {port}: {error.strerror}; set another address"
-        ) from error
-    try:
-        yield server.server_port
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -19,6 +19,7 @@ _MAX_SPINS_LEFT_OUT = 1024
 def again(error: PrivateLoRAError) -> PrivateLoRAError:
     """A fresh copy of ``error``: one instance raised in several tasks would mix tracebacks."""
     copy = type(error)(*error.args)
+    copy.__dict__.update(error.__dict__)
     copy.__cause__ = error.__cause__
     return copy
 

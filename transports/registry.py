@@ -62,6 +62,11 @@ async def listen(
     return await _transport(address).listen(address, handler, limits, credentials)
 
 
+def require_known_scheme(address: str) -> None:
+    """Raise ConfigError if no transport serves such addresses, or too many do."""
+    _find(parse_address(address).scheme)
+
+
 def known_schemes() -> list[str]:
     """Every scheme that can be used here, sorted."""
     return sorted({*_BUILT_IN, *importlib.metadata.entry_points(group=ENTRY_POINT_GROUP).names})

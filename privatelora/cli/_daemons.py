@@ -28,12 +28,16 @@ class Daemon:
     """
 
     def __init__(
-        self, module: str, config: Path, environment: Mapping[str, str] | None = None
+        self,
+        module: str,
+        config: Path,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Start ``python -m module config``, with ``environment`` added to this one's."""
+        """Start ``python -m module config arguments``, ``environment`` added to this one's."""
         self._name = module.rpartition(".")[2]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, str(config)],
+            [sys.executable, "-m", module, str(config), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

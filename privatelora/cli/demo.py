@@ -79,7 +79,7 @@ def demo(
         edge_yaml.write_text(
             EDGE_YAML.format(file=edge_yaml, address=address, num_threads=num_threads)
         )
-        with Daemon("privatelora.cli.edge", edge_yaml) as edge:
+        with Daemon("privatelora.cli.edge", edge_yaml, "--lines") as edge:
             edge.read_event("ready")
             console.print(f"edge:  process {edge.pid}, connected\n")
             answers = [_ask(edge, question, max_tokens, console) for question in QUESTIONS]

@@ -47,9 +47,8 @@ def generate(
     """Answer one prompt with the unsplit model: ground truth, baseline and tool."""
     from pydantic import ValidationError
 
-    from privatelora.runtime.chat import Conversation
     from privatelora.runtime.figures import figures, figures_line
-    from privatelora.runtime.generation import GenerationStats
+    from privatelora.runtime.generation import Context, GenerationStats
     from privatelora.runtime.loop import run
     from privatelora.runtime.sampling_params import SamplingParams
     from privatelora.runtime.unsplit import open_unsplit
@@ -73,15 +72,12 @@ def generate(
     stats = GenerationStats()
 
     async def main() -> str:
-        conversation = Conversation(text)
+        context = await Context.open(text.model)
         pieces = []
-        try:
-            async for piece in conversation.stream(prompt_ids, params, stats):
-                pieces.append(piece)
-                if not as_json:
-                    print(piece, end="", flush=True)
-        finally:
-            await conversation.aclose()
+        async for piece in text.stream(context, prompt_ids, params, stats):
+            pieces.append(piece)
+            if not as_json:
+                print(piece, end="", flush=True)
         return "".join(pieces)
 
     answer = run(main())

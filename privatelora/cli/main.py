@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from privatelora import __version__
-from privatelora.cli import adapter, chat, demo, generate, keys, partition
+from privatelora.cli import adapter, chat, config, demo, generate, keys, partition, status
 from privatelora.cli._app import run
 
 app = typer.Typer(
@@ -38,6 +38,8 @@ adapter.register(app)
 chat.register(app)
 generate.register(app)
 keys.register(app)
+config.register(app)
+status.register(app)
 demo.register(app)
 
 

@@ -24,21 +24,27 @@ def serve(
     """Run the decoder layers of one model for every edge that connects.
 
     Prints one line, `ready ADDRESS`, on standard output when it can be connected to, and logs
-    to standard error. Ends on SIGTERM or Ctrl-C.
+    to standard error. On SIGTERM or Ctrl-C it lets nobody in any more and ends when nobody is
+    left, at the latest after `drain_timeout_s`; a second one ends it at once.
     """
     set_up_logging(verbose, log_format)
     from privatelora.runtime.cloud import Cloud
     from privatelora.runtime.config import load_cloud_config
+    from privatelora.runtime.loop import StopSignals
     from privatelora.runtime.loop import run as run_loop
-    from privatelora.runtime.loop import wait_for_stop
+    from privatelora.runtime.service_manager import READY, STOPPING, notify
 
     cloud = Cloud(load_cloud_config(config))
 
     async def main() -> None:
-        async with await cloud.listen() as listener:
-            print(f"ready {listener.address}", flush=True)
-            await wait_for_stop()
-            logging.getLogger(__name__).info("stopping")
+        with StopSignals() as stop:
+            async with await cloud.listen() as listener:
+                print(f"ready {listener.address}", flush=True)
+                notify(READY)
+                await stop.wait()
+                notify(STOPPING)
+                logging.getLogger(__name__).info("stopping")
+                await stop.bound(cloud.drain())
 
     with cloud.watched():
         run_loop(main())

@@ -7,10 +7,11 @@ A frame is one message. Integers are little-endian. It starts with a prelude of 
            2  u16  protocol version
            4  u32  header_nbytes: size of the header that follows
 
-    1 Hello          3 OpenSession     5 CloseSession    16 StepBegin         18 ExchangeReply
-    2 ErrorReply     4 SessionOpened   6 SessionClosed   17 ExchangeRequest   19 StepEnd
+    1 Hello          4 SessionOpened    7 Ping         16 StepBegin         19 StepEnd
+    2 ErrorReply     5 CloseSession     8 Pong         17 ExchangeRequest
+    3 OpenSession    6 SessionClosed                   18 ExchangeReply
 
-Types 1 to 6 carry no tensors: the frame ends with the header, a MessagePack array
+Types 1 to 8 carry no tensors: the frame ends with the header, a MessagePack array
 (``control.py``). In Hello and ErrorReply the array comes after the 8 bytes ``PrivLoRA``.
 Those and the prelude keep their places in every version, so any end can read from the first
 frame it gets that the peer speaks another version.

@@ -1,12 +1,14 @@
 """The messages that carry no tensors, whose headers are MessagePack arrays.
 
     Hello          [role, software, model, plan, basis, [codec, ...], max_frame_nbytes,
-                    max_positions, max_sessions, [capability, ...]]
+                    max_positions, max_sessions, [capability, ...], token or nil]
     ErrorReply     [code, message, session_id or nil, {name: text, ...}]
     OpenSession    [session_id, max_positions, hidden_codec, exchange_codec]
     SessionOpened  [session_id, max_positions]
     CloseSession   [session_id]
     SessionClosed  [session_id]
+    Ping           [nonce]
+    Pong           [nonce]
 
 The same parsers check what a peer sent and what this end is about to send. Bounds on numbers
 and texts are the constants below.
@@ -31,6 +33,8 @@ from privatelora.runtime.wire.messages import (
     Fingerprints,
     Hello,
     OpenSession,
+    Ping,
+    Pong,
     Role,
     SessionClosed,
     SessionOpened,
@@ -51,6 +55,7 @@ MAX_NAME_CHARS = 64
 MAX_SOFTWARE_CHARS = 128
 MAX_MESSAGE_CHARS = 4096
 MAX_DETAIL_CHARS = 512
+MAX_TOKEN_CHARS = 256
 MAX_CODECS = 32
 MAX_CAPABILITIES = 64
 MAX_DETAILS = 16
@@ -65,9 +70,13 @@ _MAX_UINT32 = 2**32 - 1
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.+-]*", re.ASCII)
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """Control characters, line separators, and what UTF-8 cannot hold."""
+_TOKEN = re.compile(r"[!-~]+", re.ASCII)
+"""Printable ASCII without space."""
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
-ControlMessage = Hello | ErrorReply | OpenSession | SessionOpened | CloseSession | SessionClosed
+ControlMessage = (
+    Hello | ErrorReply | OpenSession | SessionOpened | CloseSession | SessionClosed | Ping | Pong
+)
 _E = TypeVar("_E", bound=Enum)
 
 
@@ -96,6 +105,15 @@ def check_codec_name(value: object) -> str:
     return _name(value, "codec", MAX_CODEC_CHARS)
 
 
+def check_token(value: object) -> str:
+    """Return an edge's token, or raise MalformedError, which does not repeat it."""
+    if type(value) is not str or len(value) > MAX_TOKEN_CHARS or not _TOKEN.fullmatch(value):
+        raise MalformedError(
+            f"token is not 1 to {MAX_TOKEN_CHARS} printable ASCII characters without white space"
+        )
+    return value
+
+
 def _take(fields: list[object], count: int) -> list[object]:
     if len(fields) != count:
         raise MalformedError(f"{len(fields)} fields instead of {count}")
@@ -109,8 +127,8 @@ def _int(value: object, what: str, low: int, high: int) -> int:
     return value
 
 
-def _id(value: object) -> int:
-    return _int(value, "session_id", 0, 2**ID_BITS - 1)
+def _id(value: object, what: str = "session_id") -> int:
+    return _int(value, what, 0, 2**ID_BITS - 1)
 
 
 def _text(value: object, what: str, max_chars: int) -> str:
@@ -151,11 +169,13 @@ def _member(kind: type[_E], value: object, what: str) -> _E:
 
 
 def _parse_hello(fields: list[object]) -> Hello:
-    role, software, model, plan, basis, codecs, frame, positions, sessions, capabilities = _take(
-        fields, 10
-    )
+    role, software, model, plan, basis, codecs, *numbers, capabilities, token = _take(fields, 11)
+    frame, positions, sessions = numbers
+    sender = _member(Role, role, "role")
+    if token is not None and sender is not Role.EDGE:
+        raise MalformedError("token is for edges to send")
     return Hello(
-        role=_member(Role, role, "role"),
+        role=sender,
         software=_text(software, "software", MAX_SOFTWARE_CHARS),
         fingerprints=Fingerprints(
             _sha256(model, "model"), _sha256(plan, "plan"), _sha256(basis, "basis")
@@ -165,6 +185,7 @@ def _parse_hello(fields: list[object]) -> Hello:
         max_positions=_int(positions, "max_positions", 0, _MAX_UINT32),
         max_sessions=_int(sessions, "max_sessions", 0, _MAX_UINT32),
         capabilities=_names(capabilities, "capabilities", MAX_CAPABILITIES, MAX_NAME_CHARS),
+        token=None if token is None else check_token(token),
     )
 
 
@@ -206,6 +227,14 @@ def _parse_session_closed(fields: list[object]) -> SessionClosed:
     return SessionClosed(_id(_take(fields, 1)[0]))
 
 
+def _parse_ping(fields: list[object]) -> Ping:
+    return Ping(_id(_take(fields, 1)[0], "nonce"))
+
+
+def _parse_pong(fields: list[object]) -> Pong:
+    return Pong(_id(_take(fields, 1)[0], "nonce"))
+
+
 PARSERS: dict[type[ControlMessage], Callable[[list[object]], ControlMessage]] = {
     Hello: _parse_hello,
     ErrorReply: _parse_error_reply,
@@ -213,6 +242,8 @@ PARSERS: dict[type[ControlMessage], Callable[[list[object]], ControlMessage]] = 
     SessionOpened: _parse_session_opened,
     CloseSession: _parse_close_session,
     SessionClosed: _parse_session_closed,
+    Ping: _parse_ping,
+    Pong: _parse_pong,
 }
 """Message types of this module, and what makes them from the fields of a header."""
 _BY_NUMBER = {TYPES[kind]: (kind, parse) for kind, parse in PARSERS.items()}
@@ -234,6 +265,7 @@ def _fields_of(message: ControlMessage) -> list[object]:
                 message.max_positions,
                 message.max_sessions,
                 list(message.capabilities),
+                message.token,
             ]
         case ErrorReply():
             return [
@@ -253,6 +285,8 @@ def _fields_of(message: ControlMessage) -> list[object]:
             return [message.session_id, message.max_positions]
         case CloseSession() | SessionClosed():
             return [message.session_id]
+        case Ping() | Pong():
+            return [message.nonce]
 
 
 def _one_line(text: str, max_chars: int) -> str:

@@ -7,7 +7,8 @@ runs steps in them:
     StepBegin -> (ExchangeRequest <- , ExchangeReply ->) for every wire point -> StepEnd <-
 
 (arrows as seen by the edge). Ids are chosen by the edge and never reused on a connection:
-session ids ascend over the connection, step ids within their session, gaps allowed.
+session ids and nonces of pings ascend over the connection, step ids within their session, gaps
+allowed.
 Every message is immutable; tensors are opaque bytes with their shape and codec name here.
 """
 
@@ -82,7 +83,8 @@ class Hello:
 
     ``codecs``: payload codecs this end can decode, best first.
     ``max_frame_nbytes``: largest frame this end accepts.
-    ``limits``: what the cloud offers, zeros from an edge.
+    ``max_positions``, ``max_sessions``: what the cloud offers, zeros from an edge.
+    ``token``: with which an edge proves who it is, to a cloud that asks for one.
     """
 
     role: Role
@@ -93,6 +95,7 @@ class Hello:
     max_positions: int = 0
     max_sessions: int = 0
     capabilities: tuple[str, ...] = ()
+    token: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +179,20 @@ class SessionClosed:
 
 
 @dataclass(frozen=True, slots=True)
+class Ping:
+    """Edge: answer at once, whatever the sessions do. ``nonce``: an id as others are."""
+
+    nonce: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """Cloud: the answer to the Ping of this ``nonce``. Pings are answered in their order."""
+
+    nonce: int
+
+
+@dataclass(frozen=True, slots=True)
 class ErrorReply:
     """Either end: something failed.
 
@@ -200,5 +217,7 @@ Message = (
     | StepEnd
     | CloseSession
     | SessionClosed
+    | Ping
+    | Pong
     | ErrorReply
 )

@@ -15,6 +15,8 @@ from privatelora.runtime.wire.messages import (
     Hello,
     Message,
     OpenSession,
+    Ping,
+    Pong,
     SessionClosed,
     SessionOpened,
     StepBegin,
@@ -28,6 +30,8 @@ MAX_SESSIONS = 1024
 """Sessions that an edge may have on one connection and that are not over for it."""
 MAX_STEPS = 64
 """Steps that may be in flight in one session."""
+MAX_PINGS = 8
+"""Pings that may wait for their Pongs."""
 TYPES: dict[type[Message], int] = {
     Hello: 1,
     ErrorReply: 2,
@@ -35,6 +39,8 @@ TYPES: dict[type[Message], int] = {
     SessionOpened: 4,
     CloseSession: 5,
     SessionClosed: 6,
+    Ping: 7,
+    Pong: 8,
     StepBegin: 16,
     ExchangeRequest: 17,
     ExchangeReply: 18,

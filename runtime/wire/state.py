@@ -8,6 +8,7 @@ last word on a session. Such a message is legal, and ``receive`` drops it.
 
 from __future__ import annotations
 
+from collections import deque
 from enum import IntEnum
 
 from privatelora.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
@@ -21,13 +22,15 @@ from privatelora.runtime.wire.messages import (
     Hello,
     Message,
     OpenSession,
+    Ping,
+    Pong,
     Role,
     SessionClosed,
     SessionOpened,
     StepBegin,
     StepEnd,
 )
-from privatelora.runtime.wire.prelude import MAX_SESSIONS, WireLimits
+from privatelora.runtime.wire.prelude import MAX_PINGS, MAX_SESSIONS, WireLimits
 
 
 class Phase(IntEnum):
@@ -61,12 +64,14 @@ class SessionPhase(IntEnum):
 CONNECTION_TABLE: dict[Role, dict[tuple[type[Message], Phase], Phase]] = {
     Role.EDGE: {
         (Hello, Phase.NEW): Phase.GREETED,
+        (Ping, Phase.ACTIVE): Phase.ACTIVE,
         (ErrorReply, Phase.GREETED): Phase.ENDED,
         (ErrorReply, Phase.ACTIVE): Phase.ENDED,
         (ErrorReply, Phase.BROKEN): Phase.ENDED,
     },
     Role.CLOUD: {
         (Hello, Phase.GREETED): Phase.ACTIVE,
+        (Pong, Phase.ACTIVE): Phase.ACTIVE,
         (ErrorReply, Phase.NEW): Phase.ENDED,
         (ErrorReply, Phase.GREETED): Phase.ENDED,
         (ErrorReply, Phase.ACTIVE): Phase.ENDED,
@@ -132,6 +137,9 @@ class WireConnection:
         self._phase = Phase.NEW
         self._ended_here = False
         self._max_frame_nbytes: int | None = None
+        self._pings: deque[int] = deque()
+        """Nonces of those that wait for their Pong."""
+        self._last_nonce = -1
         self._sessions: dict[int, _Session] = {}
         self._last_session_id = -1
         # At a cloud: sessions it ended by ErrorReply, oldest first. What may still come for
@@ -204,7 +212,7 @@ class WireConnection:
         """
         if (
             self._phase is not Phase.ACTIVE
-            or isinstance(message, Hello)
+            or isinstance(message, Hello | Ping | Pong)
             or message.session_id is None
         ):
             self._advance_connection(message, sender, error)
@@ -244,6 +252,17 @@ class WireConnection:
             )
         if isinstance(message, Hello) and message.role is not sender:
             raise error(f"the {sender} says Hello as {message.role}: one end must be each")
+        if isinstance(message, Ping):
+            if len(self._pings) >= MAX_PINGS:
+                raise error(f"Ping with {MAX_PINGS} not yet answered, which is the limit")
+            if message.nonce <= self._last_nonce:
+                raise error(f"Ping {message.nonce} after {self._last_nonce}: nonces must ascend")
+            self._pings.append(message.nonce)
+            self._last_nonce = message.nonce
+        elif isinstance(message, Pong):
+            if not self._pings or self._pings[0] != message.nonce:
+                raise error(f"Pong {message.nonce} is not the answer to the first Ping that waits")
+            self._pings.popleft()
         if phase is Phase.ENDED:
             self._ended_here = sender is self._role
             self._sessions.clear()

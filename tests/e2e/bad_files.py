@@ -178,6 +178,30 @@ for _kind, _text, _printed in (
     ("edge", "{cloud: 'tcp://h:1', shard: 7}", "shard: Input is not a valid path"),
 ):
     CASES.add(f"{_kind} settings `{_text}`", _printed, partial(_settings, kind=_kind, text=_text))
+
+
+def _check(bench: Bench, text: str) -> Seen:
+    path = bench.fresh() / "checked.yaml"
+    path.write_text(text)
+    result = bench.commands.run(MAIN, "config", "check", path)
+    return bench.seen("privatelora config check", result)
+
+
+for _text, _printed in (
+    ("{listn: 'tcp://127.0.0.1:0', shard: a}", "unknown key 'listn'; did you mean listen?"),
+    ("{cloud: 'tcp://127.0.0.1:1', shard: a}", "checked.yaml: shard: "),
+    ("{rank_up: 8, layers: 7-3}", "layers: '7-3' is empty"),
+    ("weather: fine", "neither a cloud's file (listen: ...) nor an edge's (cloud: ...)"),
+):
+    CASES.add(f"`config check` of `{_text}`", _printed, partial(_check, text=_text))
+CASES.add(
+    "`config check` of a file that does not exist",
+    "cannot read nowhere.yaml: No such file or directory",
+    lambda b: b.seen(
+        "privatelora config check",
+        b.commands.run(MAIN, "config", "check", b.directory / "nowhere.yaml"),
+    ),
+)
 for _kind in ("cloud", "edge"):
     CASES.add(
         f"{_kind} settings that do not exist",
@@ -207,6 +231,20 @@ CASES.add(
     "no transport serves quic://; known schemes: inproc, shm, tcp",
     lambda b: b.edge_at("quic://127.0.0.1:1"),
 )
+
+
+CASES.add(
+    "`status` of what is no address",
+    "is neither a YAML file nor an address such as 127.0.0.1:18231",
+    lambda b: b.seen("privatelora status", b.commands.run(MAIN, "status", "somewhere")),
+)
+
+
+@CASES.case("`status` where nobody is", "nothing tells its status at http://127.0.0.1:")
+def _no_status(bench: Bench) -> Seen:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    return bench.seen("privatelora status", bench.commands.run(MAIN, "status", address))
 
 
 @CASES.case("cloud not there", "connection refused; check that the peer is running")

@@ -113,7 +113,7 @@ class Bench:
 
     def edge(self, config: Path) -> Seen:
         """Run ``privatelora-edge`` with a request."""
-        result = self.commands.run(EDGE, config, stdin=REQUEST)
+        result = self.commands.run(EDGE, "--lines", config, stdin=REQUEST)
         return self.seen("privatelora-edge", result)
 
     def edge_with_adapter(self, path: Path) -> Seen:
@@ -157,7 +157,7 @@ class Bench:
 
     def serve_good_edge(self) -> None:
         """An edge as it should be gets its answer."""
-        result = self.commands.run(EDGE, self.good.edge_yaml(self.address), stdin=REQUEST)
+        result = self.commands.run(EDGE, "--lines", self.good.edge_yaml(self.address), stdin=REQUEST)
         assert (result.code, result.err) == (0, "")
         assert '"event": "done"' in result.out
         assert self.cloud.is_running

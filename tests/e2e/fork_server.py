@@ -53,6 +53,7 @@ def run(job: dict[str, Any]) -> None:
     code = 1
     try:
         signal.alarm(job["limit_s"])
+        os.chdir(job["directory"])
         for descriptor, (name, flags) in enumerate(
             (
                 ("stdin", os.O_RDONLY),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -169,17 +170,23 @@ class Commands:
             env=usual_environment(),
         )
 
-    def run(self, module: str, *arguments: object, stdin: str = "") -> Result:
-        """Run ``python -m module arguments``. A status below 0 is the signal that ended it."""
+    def run(
+        self, module: str, *arguments: object, stdin: str = "", directory: Path | None = None
+    ) -> Result:
+        """Run ``python -m module arguments``, in ``directory`` if given.
+
+        A status below 0 is the signal that ended it.
+        """
+        where = str(directory or Path.cwd())
         server = self._server
         assert server.stdin is not None
         assert server.stdout is not None
-        with tempfile.TemporaryDirectory(prefix="privatelora-command-") as directory:
-            files = {name: f"{directory}/{name}" for name in ("stdin", "stdout", "stderr")}
+        with tempfile.TemporaryDirectory(prefix="privatelora-command-") as streams:
+            files = {name: f"{streams}/{name}" for name in ("stdin", "stdout", "stderr")}
             with open(files["stdin"], "w", encoding="utf-8") as file:
                 file.write(stdin)
-            job = {"module": module, "arguments": list(map(str, arguments)), **files}
-            server.stdin.write(json.dumps({**job, "limit_s": PATIENCE_S}).encode() + b"\n")
+            job = {"module": module, "arguments": list(map(str, arguments)), "directory": where}
+            server.stdin.write(json.dumps({**job, **files, "limit_s": PATIENCE_S}).encode() + b"\n")
             server.stdin.flush()
             code = int(server.stdout.readline())
             texts = []

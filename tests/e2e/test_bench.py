@@ -95,6 +95,29 @@ def test_scheduling(commands: Commands, tmp_path: Path) -> None:
     assert all(row["us_per_step"] > 0 for row in content["cost_rows"])
 
 
+def test_serve_compares_schedulings(commands: Commands, tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "model", hidden_size=256)
+    content = result(
+        commands,
+        tmp_path,
+        "serve",
+        *("--model", model, "--dtype", "float32", "--prompt-tokens", 4, "--tokens", 16),
+        *("--sessions", 2, "--rtt-ms", 0, "--edges", 1),
+        *("--compare", "--plot", tmp_path / "plot.png"),
+    )
+    rows = {(row["sessions"], row["scheduling"]): row for row in content["rows"]}
+    ways = ("ours", "lockstep", "whole steps")
+    assert set(rows) == {(sessions, way) for sessions in (1, 2) for way in ways}
+    for (sessions, _), row in rows.items():
+        assert row["rtt_ms"] == 0
+        assert 0 < row["time_per_token_ms_p50"] <= row["time_per_token_ms_p99"]
+        assert row["roofline_tokens_per_s"] <= rows[sessions, "ours"]["aggregate_tokens_per_s"]
+        ratio = row["aggregate_tokens_per_s"] / row["roofline_tokens_per_s"]
+        assert abs(row["vs_roofline"] - ratio) < 1e-9
+    assert content["round_trips_per_token"] == 4
+    assert (tmp_path / "plot.png").read_bytes().startswith(PNG)
+
+
 def test_options_that_make_no_sense(commands: Commands, tmp_path: Path) -> None:
     for arguments, said in (
         (("transport", "--transports", "pigeon"), "no transport 'pigeon' to measure; choose from"),

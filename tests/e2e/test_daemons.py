@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from privatelora.runtime.chat import Conversation
 from privatelora.runtime.config import EdgeConfig
 from privatelora.runtime.edge import Edge
 from privatelora.runtime.generation import GenerationStats
@@ -75,7 +74,7 @@ def address(world: World) -> Iterator[str]:
 def edges(world: World, address: str) -> Iterator[tuple[Process, Process]]:
     """Two edges of one person, ready."""
     config = world.deployment.edge_yaml(address, sampling={"max_tokens": 24})
-    with Process(EDGE, config) as first, Process(EDGE, config) as second:
+    with Process(EDGE, "--lines", config) as first, Process(EDGE, "--lines", config) as second:
         for edge in (first, second):
             ready = edge.read_event()
             assert (ready["event"], ready["cloud"]) == ("ready", address)
@@ -206,7 +205,7 @@ def test_every_request_before_the_end_of_input_is_answered(
 ) -> None:
     config = world.deployment.edge_yaml(address, "eof.yaml", sampling={"max_tokens": 5})
     lines = '{"prompt": "The weather", "id": 1}\n\n{"oops": 1}\n{"prompt": "The wind", "id": 2}'
-    result = commands.run(EDGE, config, stdin=lines)
+    result = commands.run(EDGE, "--lines", config, stdin=lines)
     assert (result.code, result.err) == (0, "")
     events = [line for line in result.out.splitlines() if '"text", ' not in line]
     kinds = [("ready", None), ("done", 1), ("error", None), ("done", 2)]
@@ -244,7 +243,7 @@ def test_the_cloud_survives_an_edge_that_is_killed(world: World) -> None:
         config = deployment.edge_yaml(
             cloud.read_ready(), "one-session-edge.yaml", max_positions=4096
         )
-        first, second = (stack.enter_context(Process(EDGE, config)) for _ in range(2))
+        first, second = (stack.enter_context(Process(EDGE, "--lines", config)) for _ in range(2))
         for edge in (first, second):
             assert edge.read_event()["event"] == "ready"
 
@@ -275,10 +274,10 @@ def test_an_edge_outlives_its_cloud(world: World) -> None:
     """The cloud ends in the middle of an answer, stays away, and comes back."""
     deployment = world.deployment
     with ExitStack() as stack:
-        cloud = stack.enter_context(Process(SERVE, deployment.cloud_yaml("leaving.yaml")))
+        cloud = stack.enter_context(Process(SERVE, deployment.cloud_yaml("leaving.yaml", drain_timeout_s=0)))
         address = cloud.read_ready()
         config = deployment.edge_yaml(address, "staying.yaml", max_positions=4096)
-        edge = stack.enter_context(Process(EDGE, config))
+        edge = stack.enter_context(Process(EDGE, "--lines", config))
         assert edge.read_event()["event"] == "ready"
 
         edge.write(LONG)
@@ -325,13 +324,10 @@ async def test_edges_and_sessions_side_by_side(
 
     async def say(prompt: str, seed: int) -> str:
         params = SamplingParams(temperature=1.0, seed=seed, max_tokens=40, ignore_eos=True)
-        conversation = Conversation(third.text)
-        try:
-            prompt_ids = third.text.encode_prompt(prompt)
-            async with aclosing(conversation.stream(prompt_ids, params, GenerationStats())) as text:
-                return "".join([piece async for piece in text])
-        finally:
-            await conversation.aclose()
+        prompt_ids = third.text.encode_prompt(prompt)
+        pieces = third.service.stream(None, prompt_ids, params, GenerationStats())
+        async with aclosing(pieces):
+            return "".join([piece async for piece in pieces])
 
     sessions = [("When the wind comes", 1), ("How many letters", 2), ("He answers", 3)]
     try:

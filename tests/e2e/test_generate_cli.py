@@ -128,6 +128,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "generate": (MAIN, "generate"),
     "demo": (MAIN, "demo"),
     "keys new": (MAIN, "keys", "new"),
+    "config check": (MAIN, "config", "check"),
+    "config schema": (MAIN, "config", "schema"),
+    "status": (MAIN, "status"),
     "bench overhead": (BENCH, "overhead"),
     "bench scheduling": (BENCH, "scheduling"),
     "bench transport": (BENCH, "transport"),
@@ -147,7 +150,7 @@ def test_help_shows_an_example(commands: Commands, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "group", [(MAIN,), (MAIN, "adapter"), (MAIN, "keys"), (BENCH,)], ids=" ".join
+    "group", [(MAIN,), (MAIN, "adapter"), (MAIN, "keys"), (MAIN, "config"), (BENCH,)], ids=" ".join
 )
 def test_help_of_a_group_names_its_commands(commands: Commands, group: tuple[str, ...]) -> None:
     result = commands.run(*group, "--help")

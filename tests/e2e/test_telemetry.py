@@ -21,6 +21,7 @@ FAMILIES = {
     "reply_seconds": "histogram",
     "batches_total": "counter",
     "rows_total": "counter",
+    "positions_total": "counter",
     "sessions_opened_total": "counter",
     "sessions_refused_total": "counter",
     "sessions_evicted_total": "counter",
@@ -46,7 +47,7 @@ def test_metrics_trace_and_log_of_a_cloud(deployment: Deployment) -> None:
         address = cloud.read_ready()
         messages = [json.loads(line)["message"] for line in cloud.stderr.splitlines()]
         (url,) = (found[1] for text in messages if (found := re.match(r"metrics at (.+)", text)))
-        with Process(EDGE, deployment.edge_yaml(address)) as edge:
+        with Process(EDGE, "--lines", deployment.edge_yaml(address)) as edge:
             assert edge.read_event()["event"] == "ready"
             _, done = edge.ask({"prompt": "How many?", "sampling": {"max_tokens": 8}})
             assert done["event"] == "done", done

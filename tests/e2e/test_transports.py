@@ -186,7 +186,7 @@ def ask_daemons(case: Case, deployment: Deployment, **edge_settings: Any) -> str
         edge_file = deployment.edge_yaml(
             cloud.read_ready(), f"edge-{number}.yaml", **as_yaml(keyring.client), **edge_settings
         )
-        with Process(EDGE, edge_file, environment=environment) as edge:
+        with Process(EDGE, "--lines", edge_file, environment=environment) as edge:
             assert edge.read_event()["event"] == "ready"
             _, done = edge.ask(QUESTION)
             assert done["event"] == "done", done

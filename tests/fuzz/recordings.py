@@ -23,6 +23,8 @@ from privatelora.runtime.wire.messages import (
     Message,
     OpenSession,
     OutputRows,
+    Ping,
+    Pong,
     Role,
     SessionClosed,
     SessionOpened,
@@ -166,8 +168,12 @@ def _steps(ends: _Conversation) -> None:
         ends.cloud_tells(ends.request(1, 0, point, 3))
         ends.edge_tells(ends.reply(1, 0, point, 3))
     ends.cloud_tells(ends.end(1, 0, 3))
+    ends.edge_tells(Ping(0))
+    ends.edge_tells(Ping(2**53 - 1))
+    ends.cloud_tells(Pong(0))
     ends.edge_tells(ends.begin(1, 3, 1, OutputRows.LAST, opening=False))
     ends.edge_tells(ends.begin(1, 4, 2, OutputRows.NONE))
+    ends.cloud_tells(Pong(2**53 - 1))
     ends.edge_tells(ends.begin(1, 6, 1, OutputRows.ALL))
     ends.cloud_tells(ends.request(1, 3, 1, 1))
     ends.cloud_tells(ends.request(1, 4, 1, 2))
@@ -222,7 +228,21 @@ def _crossings(ends: _Conversation) -> None:
     ends.cloud_tells(SessionClosed(4))
     ends.cloud_says(GOODBYE)
     ends.edge_says(CloseSession(5))
+    ends.edge_says(Ping(1))
     ends.edge_hears()
+    ends.cloud_hears()
+    ends.cloud_hears()
+
+
+def _pinged(ends: _Conversation) -> None:
+    """Goodbyes that cross a question and its answer."""
+    ends.greet()
+    ends.edge_tells(Ping(7))
+    ends.cloud_says(Pong(7))
+    ends.edge_says(Ping(8))
+    ends.edge_says(GOODBYE)
+    ends.edge_hears()
+    ends.cloud_hears()
     ends.cloud_hears()
 
 
@@ -280,6 +300,7 @@ def recordings() -> tuple[Recording, ...]:
         *_record(_refused, 0),
         *_record(_unwelcome, 0),
         *_record(_rebuffed, 0),
+        *_record(_pinged, 0),
         *(
             recording
             for script in (_steps, _crossings, _prompt)

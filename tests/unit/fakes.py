@@ -6,13 +6,49 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from privatelora.errors import PrivateLoRAError, RequestError
+from privatelora.errors import CapacityError, PrivateLoRAError, RequestError
 from privatelora.partition.models.config import DecoderConfig
-from privatelora.runtime.language_model import Rows, Traffic
+from privatelora.runtime.chat import TextModel
+from privatelora.runtime.edge_service import CloudStatus, EdgeService
+from privatelora.runtime.language_model import LanguageModel, Rows, Traffic, rows_of_chunk
+from privatelora.runtime.sampling_params import SamplingParams
+from privatelora.runtime.sent_log import SentLog
+from tests.partition.tiny import tiny_tokenizer
 from tests.unit.world import world
+
+
+class FakeCloud:
+    """The connection of an edge that needs none."""
+
+    sent = SentLog()
+    max_positions = 64
+
+    async def probe(self) -> CloudStatus:
+        return CloudStatus("inproc://fake", software="fake", rtt_s=0.001)
+
+
+def fake_service(
+    *models: LanguageModel,
+    system_prompt: str | None = None,
+    max_conversations: int = 4,
+    max_waiting: int = 4,
+    **defaults: Any,
+) -> EdgeService:
+    """An edge's service of models named 0, 1, ... with the tiny tokenizer."""
+    texts = {str(number): TextModel(model, tiny_tokenizer()) for number, model in enumerate(models)}
+    return EdgeService(
+        texts,
+        FakeCloud(),
+        defaults=SamplingParams(**defaults),
+        system_prompt=system_prompt,
+        max_conversations=max_conversations,
+        max_waiting=max_waiting,
+    )
+
 
 Continuation = Callable[[list[int]], int]
 """From all tokens so far to the next."""
@@ -53,19 +89,23 @@ class FakeSequence:
             sent_nbytes=self.traffic.sent_nbytes + 100 * len(token_ids),
             received_nbytes=self.traffic.received_nbytes + 10 * len(token_ids),
         )
-        logits = torch.zeros(0 if rows == "none" else 1, model.config.vocab_size)
-        if rows == "last":
-            logits[0, model.continuation(self.cached)] = 20.0
+        num_rows = {"none": 0, "last": 1, "all": len(token_ids)}[rows]
+        logits = torch.zeros(num_rows, model.config.vocab_size)
+        for row in range(num_rows):
+            until = len(self.cached) - num_rows + row + 1
+            logits[row, model.continuation(self.cached[:until])] = 20.0
         return logits
 
     async def forward_chunks(
-        self, chunks: Seq[Seq[int]], position: int
+        self, chunks: Seq[Seq[int]], position: int, *, all_rows: bool = False
     ) -> AsyncGenerator[torch.Tensor, None]:
         for index, chunk in enumerate(chunks):
-            yield await self.forward(
-                chunk, position, "last" if index == len(chunks) - 1 else "none"
-            )
+            yield await self.forward(chunk, position, rows_of_chunk(index, len(chunks), all_rows))
             position += len(chunk)
+
+    @property
+    def is_open(self) -> bool:
+        return not self.closed
 
     async def aclose(self) -> None:
         self.closed = True
@@ -88,10 +128,14 @@ class FakeModel:
         self.failures: list[PrivateLoRAError] = []
         """Raised by the next steps, the last one first."""
         self.sequences: list[FakeSequence] = []
+        self.max_sequences = 100
+        """Open ones."""
 
     async def open_sequence(self, max_positions: int) -> FakeSequence:
         if max_positions > self.max_positions:
             raise RequestError("too long")
+        if sum(not sequence.closed for sequence in self.sequences) >= self.max_sequences:
+            raise CapacityError("the cloud is full")
         self.sequences.append(FakeSequence(self, max_positions))
         return self.sequences[-1]
 

@@ -17,8 +17,8 @@ from privatelora.runtime.config import (
     EdgeConfig,
     load_cloud_config,
     load_edge_config,
-    parse_metrics_address,
 )
+from privatelora.runtime.host_port import parse_host_port
 from privatelora.runtime.sampling_params import SamplingParams
 from privatelora.transports.base import (
     NO_CREDENTIALS,
@@ -143,7 +143,7 @@ def test_metrics_and_trace_are_off_unless_asked_for(write: Write, tmp_path: Path
     ],
 )
 def test_metrics_addresses(text: str, expected: tuple[str, int]) -> None:
-    assert parse_metrics_address(text) == expected
+    assert parse_host_port(text) == expected
 
 
 def test_relative_paths_are_beside_the_file(

@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 
 from privatelora.errors import ConnectionClosed
-from privatelora.runtime.chat import TextModel
 from privatelora.runtime.line_service import MAX_LINE_CHARS, LineService
-from privatelora.runtime.sampling_params import SamplingParams
 from tests.partition.tiny import tiny_tokenizer
-from tests.unit.fakes import FakeModel
+from tests.unit.fakes import FakeModel, fake_service
 from tests.unit.world import world
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
@@ -38,8 +36,8 @@ class Speaker:
         self._script: list[int] = [*self.tokenizer.encode(answer), EOS]
         self.model = FakeModel(self._next, max_positions)
         self.prompts: list[str] = []
-        text = TextModel(self.model, self.tokenizer)
-        self._service = LineService(text, SamplingParams(**defaults), system_prompt)
+        self._edge = fake_service(self.model, system_prompt=system_prompt, **defaults)
+        self._service = LineService(self._edge)
 
     def _next(self, token_ids: list[int]) -> int:
         """What follows as much of the answer as ``token_ids`` end with."""
@@ -56,6 +54,7 @@ class Speaker:
 
         events: list[Event] = []
         await self._service.run(lines(), events.append)
+        await self._edge.aclose()
         for event in events:
             json.dumps(event)  # what it emits can be written down
         return events
@@ -210,8 +209,7 @@ async def test_a_lost_cloud_is_an_error_and_the_next_line_tries_again() -> None:
 
 
 async def test_over_a_real_model() -> None:
-    text = TextModel(world().unsplit(), tiny_tokenizer())
-    service = LineService(text, SamplingParams(max_tokens=8), None)
+    service = LineService(fake_service(world().unsplit(), max_tokens=8))
 
     async def lines() -> AsyncIterator[str]:
         yield json.dumps(PROMPT)

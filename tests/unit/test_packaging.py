@@ -103,7 +103,11 @@ def test_nothing_but_the_package_is_at_the_top(names: set[str]) -> None:
 
 def test_nothing_else_is_in_the_wheel(names: set[str]) -> None:
     inside = {name for name in names if name.startswith("privatelora/")}
-    assert inside - modules_on_disk() == {"privatelora/py.typed"}
+    page = {name for name in inside if name.startswith("privatelora/runtime/http/page/")}
+    assert inside - modules_on_disk() == {"privatelora/py.typed"} | page
+    assert {Path(name).name for name in page} == {
+        file.name for file in (ROOT / "runtime" / "http" / "page").iterdir()
+    }
     assert any(name.endswith("/licenses/LICENSE") for name in names)
 
 

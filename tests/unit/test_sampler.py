@@ -20,7 +20,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from privatelora.errors import ConfigError
+from privatelora.errors import ConfigError, RequestError
 from privatelora.runtime.sampler import Sampler
 from privatelora.runtime.sampling_params import SamplingParams
 
@@ -31,7 +31,7 @@ NUM_DRAWS = 2000
 
 def draws(params: SamplingParams, history: list[int], *banned: int) -> torch.Tensor:
     """How often each token is chosen."""
-    sampler = Sampler(params, banned)
+    sampler = Sampler(params, banned_ids=banned)
     chosen = [sampler.choose(LOGITS, history) for _ in range(NUM_DRAWS)]
     return torch.bincount(torch.tensor(chosen), minlength=len(LOGITS))
 
@@ -131,7 +131,7 @@ def test_the_seed_decides() -> None:
 def test_the_logits_are_left_as_they_are() -> None:
     logits = LOGITS.clone()
     params = SamplingParams(temperature=0.7, top_k=2, top_p=0.5, repetition_penalty=2.0, seed=0)
-    Sampler(params, [4]).choose(logits, [1, 2])
+    Sampler(params, banned_ids=[4]).choose(logits, [1, 2])
     assert torch.equal(logits, LOGITS)
 
 
@@ -193,4 +193,25 @@ def test_the_defaults_are_greedy() -> None:
     )
 )
 def test_settings_that_are_possible_always_choose_something(params: SamplingParams) -> None:
-    assert 0 <= Sampler(params, [1]).choose(LOGITS, [0, 3, 3]) < len(LOGITS)
+    assert 0 <= Sampler(params, banned_ids=[1]).choose(LOGITS, [0, 3, 3]) < len(LOGITS)
+
+
+def test_penalties_count_the_answer_and_not_the_prompt() -> None:
+    logits = torch.tensor([3.0, 2.5, 2.2, 0.0])
+    sampler = Sampler(SamplingParams(frequency_penalty=1.0), num_prompt_tokens=3)
+    history, chosen = [0, 0, 0], []
+    for _ in range(4):
+        chosen.append(sampler.choose(logits, history))
+        history.append(chosen[-1])
+    assert chosen == [0, 1, 2, 0]
+    once = Sampler(SamplingParams(presence_penalty=1.0), num_prompt_tokens=1)
+    assert once.choose(logits, [3, 0, 0, 1]) == 2
+    assert once.choose(logits, [3, 0, 0, 1, 2]) == 0, "however often"
+
+
+def test_bias_is_added() -> None:
+    logits = torch.tensor([3.0, 2.5, 2.2, 0.0])
+    assert Sampler(SamplingParams(logit_bias={3: 4.0, 0: -100})).choose(logits, [0]) == 3
+    assert logits.tolist() == pytest.approx([3.0, 2.5, 2.2, 0.0])
+    with pytest.raises(RequestError, match="logit_bias: token ids lie in 0 to 3"):
+        Sampler(SamplingParams(logit_bias={4: 1.0})).choose(logits, [0])

@@ -11,7 +11,8 @@ from privatelora.benchmarks.scheduling import (
     measure_scheduling,
     scheduling_cost_us,
 )
-from privatelora.benchmarks.scheduling_simulator import Costs, Edge, WholeSteps, simulate
+from privatelora.benchmarks.scheduling_simulator import Costs, Edge, simulate
+from privatelora.benchmarks.whole_steps import WholeSteps
 from privatelora.runtime.scheduler import Batch, Scheduler
 
 NUM_SEGMENTS = 5
@@ -89,8 +90,8 @@ def test_the_engine_never_waits_while_something_is_ready() -> None:
 
 def test_whole_steps_enter_together_and_lockstep_one_by_one() -> None:
     for max_steps in (1, 3):
-        dispatcher = WholeSteps(NUM_SEGMENTS, max_steps)
-        outcome = simulate(dispatcher, NUM_SEGMENTS, decoding(3, 0.02, num_tokens=10))
+        scheduler = WholeSteps(NUM_SEGMENTS, max_steps)
+        outcome = simulate(scheduler, NUM_SEGMENTS, decoding(3, 0.02, num_tokens=10))
         assert all(len(turn.tokens_s) == 10 for [turn] in outcome.turns)
         assert outcome.num_steps / outcome.num_batches <= max_steps
     lockstep = simulate(WholeSteps(NUM_SEGMENTS, 1), NUM_SEGMENTS, decoding(3, 0.02))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
+import struct
 import sys
+import urllib.error
 import urllib.request
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -19,7 +22,8 @@ from privatelora.cli._app import JsonFormatter
 from privatelora.errors import CapacityError, ConfigError, ConnectError
 from privatelora.runtime.cloud_service import CloudService
 from privatelora.runtime.generation import Context
-from privatelora.runtime.telemetry import CloudMetrics, Occupancy, serving_metrics
+from privatelora.runtime.telemetry import CloudMetrics, Occupancy
+from privatelora.runtime.telemetry_server import serving_metrics
 from privatelora.runtime.trace import MAX_BATCHES, MAX_WAITS, Trace
 from tests.unit.world import ROOMY, World, serving, world
 
@@ -146,20 +150,53 @@ def test_a_bound_belongs_to_the_bucket_it_ends() -> None:
     assert [value(name, {"le": bound}) for bound in bounds] == [1, 1, 2, 3, 3, 4]
 
 
+def get(url: str) -> tuple[int, str]:
+    """Status and text of an answer."""
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
 def test_the_server_ends_with_its_context() -> None:
     service = world().service()
     registry = service.metrics.registry
-    with serving_metrics(registry, "127.0.0.1", 0) as port:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-            text = answer.read().decode()
+    with serving_metrics(registry, lambda: None, "127.0.0.1", 0) as port:
+        status, text = get(f"http://127.0.0.1:{port}/metrics")
+        assert status == 200
         assert "privatelora_cloud_kv_blocks 64.0" in text
         with (
             pytest.raises(ConnectError, match=f"metrics on 127.0.0.1 port {port}: Address already"),
-            serving_metrics(registry, "127.0.0.1", port),
+            serving_metrics(registry, lambda: None, "127.0.0.1", port),
         ):
             pass
-    with serving_metrics(registry, "127.0.0.1", port) as again:  # it is free again
+    with serving_metrics(registry, lambda: None, "127.0.0.1", port) as again:  # it is free again
         assert again == port
+
+
+def test_health_follows_what_the_cloud_says() -> None:
+    reasons = [None, "this cloud is shutting down"]
+    registry = world().service().metrics.registry
+    with serving_metrics(registry, lambda: reasons[0], "127.0.0.1", 0) as port:
+        url = f"http://127.0.0.1:{port}"
+        assert get(f"{url}/health/live") == (200, "live\n")
+        assert get(f"{url}/health/ready") == (200, "ready\n")
+        reasons.reverse()
+        assert get(f"{url}/health/live") == (200, "live\n")
+        assert get(f"{url}/health/ready") == (503, "this cloud is shutting down\n")
+        assert get(f"{url}/elsewhere")[0] == 404
+
+
+def test_who_asks_and_leaves_hinders_nobody(capfd: pytest.CaptureFixture[str]) -> None:
+    registry = world().service().metrics.registry
+    with serving_metrics(registry, lambda: None, "127.0.0.1", 0) as port:
+        with socket.create_connection(("127.0.0.1", port)) as rude:
+            rude.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            rude.sendall(b"GET /met")
+        assert get(f"http://127.0.0.1:{port}/health/live")[0] == 200
+    assert capfd.readouterr().err == ""
 
 
 def read_trace(path: Path) -> list[dict[str, Any]]:

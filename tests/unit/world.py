@@ -18,13 +18,13 @@ from privatelora.partition.models.config import DecoderConfig
 from privatelora.partition.models.families import from_hf_config, tensor_names
 from privatelora.partition.plan import Plan, Target
 from privatelora.partition.plan_file import make_plan
-from privatelora.runtime.cloud_link import LinkSettings
+from privatelora.runtime.cloud_link import CloudLink, LinkSettings
 from privatelora.runtime.cloud_service import CloudLimits, CloudService
 from privatelora.runtime.codecs import CodecPreferences, Codecs
 from privatelora.runtime.engine import Engine
 from privatelora.runtime.exchange import PrivateMatrices
 from privatelora.runtime.language_model import Ends, LanguageModel, UnsplitModel
-from privatelora.runtime.split_model import EdgeParts, SplitModel
+from privatelora.runtime.split_model import CloudAccess, EdgeParts, SplitModel
 from privatelora.runtime.trace import Trace
 from privatelora.runtime.wire.messages import Fingerprints
 from privatelora.transports.base import Handler, Limits
@@ -48,6 +48,23 @@ _numbers = itertools.count()
 def only(codecs: Codecs) -> CodecPreferences:
     """Accept nothing but ``codecs``."""
     return CodecPreferences(*((name,) for name in astuple(codecs)))
+
+
+class OwnModel(SplitModel):
+    """With a connection of its own."""
+
+    def __init__(
+        self, parts: EdgeParts, access: CloudAccess, matrices: PrivateMatrices | None
+    ) -> None:
+        super().__init__(parts, access, matrices)
+        self.access = access
+        self.parts = parts
+
+    async def link(self) -> CloudLink:
+        return await self.access.link()
+
+    async def aclose(self) -> None:
+        await self.access.aclose()
 
 
 @dataclass(frozen=True)
@@ -104,17 +121,16 @@ class World:
         max_positions: int = 128,
         max_step_positions: int = 32,
         **settings: Any,
-    ) -> SplitModel:
-        parts = EdgeParts(
-            self.config, self.plan, self.shard("edge"), self.matrices(), CPU, torch.float32
-        )
-        return SplitModel(
+    ) -> OwnModel:
+        parts = EdgeParts(self.config, self.plan, self.shard("edge"), CPU, torch.float32)
+        access = CloudAccess(
             parts,
             fingerprints,
             LinkSettings(address, only(codecs), **settings),
             max_positions,
             max_step_positions,
         )
+        return OwnModel(parts, access, self.matrices())
 
 
 @cache

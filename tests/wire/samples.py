@@ -19,6 +19,8 @@ from privatelora.runtime.wire.messages import (
     Message,
     OpenSession,
     OutputRows,
+    Ping,
+    Pong,
     Role,
     SessionClosed,
     SessionOpened,
@@ -28,7 +30,7 @@ from privatelora.runtime.wire.messages import (
 )
 
 PRINTS = Fingerprints("a" * 64, "b" * 64, "c" * 64)
-EDGE_HELLO = Hello(Role.EDGE, "privatelora 0.1", PRINTS, ("bf16", "fp32"), 2**20)
+EDGE_HELLO = Hello(Role.EDGE, "privatelora 0.1", PRINTS, ("bf16", "fp32"), 2**20, token="s3cr3t")
 CLOUD_HELLO = Hello(
     Role.CLOUD, "privatelora 0.1", PRINTS, ("fp32", "bf16"), 2**21, 4096, 8, ("resume", "x.y-1")
 )
@@ -48,6 +50,8 @@ SAMPLES: tuple[Message, ...] = (
     SessionOpened(7, 4096),
     CloseSession(7),
     SessionClosed(2**53 - 1),
+    Ping(7),
+    Pong(2**53 - 1),
     StepBegin(7, 9, 12, OutputRows.LAST, payload(2, 3), payload(2, 4, "bf16")),
     StepBegin(7, 10, 14, OutputRows.NONE, payload(1, 5), None),
     ExchangeRequest(7, 9, 3, payload(2, 6)),
@@ -89,6 +93,24 @@ def payloads(draw: st.DrawFn, rows: st.SearchStrategy[int]) -> TensorPayload:
 
 
 @st.composite
+def hellos(draw: st.DrawFn) -> Hello:
+    role = draw(st.sampled_from(Role))
+    fingerprints = st.text("0123456789abcdef", min_size=64, max_size=64)
+    tokens = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1)
+    return Hello(
+        role=role,
+        software=draw(texts),
+        fingerprints=Fingerprints(draw(fingerprints), draw(fingerprints), draw(fingerprints)),
+        codecs=tuple(draw(st.lists(codecs, max_size=32))),
+        max_frame_nbytes=draw(st.integers(2**17, 2**53 - 1)),
+        max_positions=draw(uint32),
+        max_sessions=draw(uint32),
+        capabilities=tuple(draw(st.lists(names(64), max_size=64))),
+        token=draw(st.none() | tokens) if role is Role.EDGE else None,
+    )
+
+
+@st.composite
 def step_begins(draw: st.DrawFn) -> StepBegin:
     rows = st.just(draw(st.integers(1, 2**20)))
     return StepBegin(
@@ -101,19 +123,8 @@ def step_begins(draw: st.DrawFn) -> StepBegin:
     )
 
 
-fingerprints = st.text("0123456789abcdef", min_size=64, max_size=64)
 messages: st.SearchStrategy[Message] = st.one_of(
-    st.builds(
-        Hello,
-        role=st.sampled_from(Role),
-        software=texts,
-        fingerprints=st.builds(Fingerprints, fingerprints, fingerprints, fingerprints),
-        codecs=st.lists(codecs, max_size=32).map(tuple),
-        max_frame_nbytes=st.integers(2**17, 2**53 - 1),
-        max_positions=uint32,
-        max_sessions=uint32,
-        capabilities=st.lists(names(64), max_size=64).map(tuple),
-    ),
+    hellos(),
     st.builds(
         ErrorReply,
         code=st.sampled_from(ErrorCode),
@@ -125,6 +136,8 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(SessionOpened, ids, positive_uint32),
     st.builds(CloseSession, ids),
     st.builds(SessionClosed, ids),
+    st.builds(Ping, ids),
+    st.builds(Pong, ids),
     step_begins(),
     st.builds(ExchangeRequest, ids, ids, uint32, payloads(any_rows)),
     st.builds(ExchangeReply, ids, ids, uint32, payloads(any_rows)),

@@ -27,6 +27,8 @@ from privatelora.runtime.wire.messages import (
     Message,
     OpenSession,
     OutputRows,
+    Ping,
+    Pong,
     SessionClosed,
     SessionOpened,
     StepBegin,
@@ -156,11 +158,20 @@ def test_the_largest_control_messages_fit() -> None:
         software="😀" * 128,
         codecs=("c" * 16,) * 32,
         capabilities=("k" * 64,) * 64,
+        token="t" * 256,
     )
     for message in (reply, hello):
         frame = frame_of(message)
         assert len(frame) < 2**16
         assert decode(frame, LIMITS) == message
+
+
+def test_a_token_is_not_shown() -> None:
+    assert EDGE_HELLO.token == "s3cr3t"
+    assert "s3cr3t" not in f"{EDGE_HELLO!r} {EDGE_HELLO}"
+    with pytest.raises(LocalProtocolError) as caught:
+        encode(dataclasses.replace(EDGE_HELLO, token="s3cr3t with spaces"))
+    assert "s3cr3t" not in str(caught.value)
 
 
 # Frames that nobody should send
@@ -236,7 +247,7 @@ values = st.recursive(
     max_leaves=10,
 )
 control_kinds = st.sampled_from(
-    [Hello, ErrorReply, OpenSession, SessionOpened, CloseSession, SessionClosed]
+    [Hello, ErrorReply, OpenSession, SessionOpened, CloseSession, SessionClosed, Ping, Pong]
 )
 
 
@@ -246,7 +257,9 @@ def test_any_messagepack_as_a_header(kind: type[Message], fields: object) -> Non
     outcome(control_frame(kind, MSGPACK.packb(fields)))
 
 
-HELLO_FIELDS: list[object] = ["edge", "p", "a" * 64, "b" * 64, "c" * 64, ["fp16"], 2**20, 0, 0, []]
+HELLO_FIELDS: list[object] = [
+    *("edge", "p", "a" * 64, "b" * 64, "c" * 64, ["fp16"], 2**20, 0, 0, [], "s3cr3t"),
+]
 ERROR_FIELDS: list[object] = ["request", "no", 3, {"key": "value"}]
 OPEN_FIELDS: list[object] = [7, 4096, "bf16", "fp16"]
 
@@ -263,6 +276,8 @@ WRONG_FIELDS: list[tuple[type[Message], list[object], int, Iterable[object]]] = 
     (Hello, HELLO_FIELDS, 7, [-1, 2**32, False, "1", None]),
     (Hello, HELLO_FIELDS, 8, [-1, 2**32, 1.5]),
     (Hello, HELLO_FIELDS, 9, [None, ["x" * 65], ["x"] * 65, [[]]]),
+    (Hello, HELLO_FIELDS, 10, ["", "x" * 257, "a b", "a\n", "\x7f", "\xe9", 1, False, ["s3cr3t"]]),
+    (Hello, HELLO_FIELDS, 0, ["cloud"]),  # which has no token
     (ErrorReply, ERROR_FIELDS, 0, ["oops", 3, None]),
     (ErrorReply, ERROR_FIELDS, 1, ["x" * 4097, "a\x1b[2J", None]),
     (ErrorReply, ERROR_FIELDS, 2, [-1, 2**53, "3", True, 3.0]),
@@ -275,6 +290,8 @@ WRONG_FIELDS: list[tuple[type[Message], list[object], int, Iterable[object]]] = 
     (SessionOpened, [7, 1], 1, [0, -5, True]),
     (CloseSession, [7], 0, [2**53, -1, True, MSGPACK.ExtType(1, b"7")]),
     (SessionClosed, [7], 0, [2**53, None, MSGPACK.Timestamp(7)]),
+    (Ping, [7], 0, [2**53, -1, None, 1.0]),
+    (Pong, [7], 0, [2**53, -1, True]),
 ]
 
 

@@ -13,7 +13,7 @@ from privatelora.errors import RemoteProtocolError
 from privatelora.runtime.payload.codec import CODEC_NAMES
 from privatelora.runtime.payload.codec import decode as decode_tensor
 from privatelora.runtime.payload.codec import encode as encode_tensor
-from privatelora.runtime.wire import control
+from privatelora.runtime.wire import control, failures
 from privatelora.runtime.wire.codec import decode, encode
 from privatelora.runtime.wire.messages import (
     PROTOCOL_VERSION,
@@ -25,7 +25,7 @@ from privatelora.runtime.wire.messages import (
     StepBegin,
     TensorPayload,
 )
-from privatelora.runtime.wire.prelude import MAX_SESSIONS, MAX_STEPS, TYPES, WireLimits
+from privatelora.runtime.wire.prelude import MAX_PINGS, MAX_SESSIONS, MAX_STEPS, TYPES, WireLimits
 from tests.wire.samples import SAMPLES, frame_of
 
 CPU = torch.device("cpu")
@@ -93,6 +93,7 @@ def test_the_bounds_are_those_of_the_code() -> None:
         f"at most {control.MAX_HEADER_NBYTES} bytes",
         f"the 8 bytes `{control.MAGIC.decode()}`",
         f"text of at most {control.MAX_SOFTWARE_CHARS} characters",
+        f"1 to {control.MAX_TOKEN_CHARS} printable ASCII characters",
         f"at most {control.MAX_CODECS} payload codecs",
         f"of at most {control.MAX_CODEC_CHARS} characters",
         f"at least {control.MIN_FRAME_NBYTES}",
@@ -102,8 +103,10 @@ def test_the_bounds_are_those_of_the_code() -> None:
         f"to texts of at most {control.MAX_DETAIL_CHARS}",
         f"At most {MAX_SESSIONS} may be open",
         f"At most {MAX_STEPS} may be in flight",
+        f"At most {MAX_PINGS} may wait",
     ):
         assert sentence in text, sentence
+    assert f"`{failures.RETRY_AFTER}`" in TEXT
     for code in ErrorCode:
         assert f"`{code.value}`" in TEXT
 

@@ -14,6 +14,8 @@ from privatelora.runtime.wire.messages import (
     Hello,
     Message,
     OpenSession,
+    Ping,
+    Pong,
     SessionClosed,
     SessionOpened,
 )
@@ -33,6 +35,7 @@ class Walk:
         self.late: Counter[str] = Counter()
         self.open_at_edge: set[int] = set()
         self.asked_at_edge: list[ExchangeRequest] = []
+        self.pings_at_cloud: list[int] = []
         self.next_id = 0
         self.goodbyes = 0
 
@@ -70,7 +73,7 @@ class Walk:
         session_id = self.session_id(edge)
         self.next_id = max(0, self.next_id + rng.randint(-1, 3))
         message: Message
-        match rng.choices(range(5), [2, 4, 8, 0.6, 0.3])[0]:
+        match rng.choices(range(6), [2, 4, 8, 0.6, 0.3, 0.5])[0]:
             case 0:
                 message = OpenSession(self.next_id, 64, "fp16", "fp16")
             case 1:
@@ -83,6 +86,8 @@ class Walk:
                 message = reply(self.step_id(edge, session_id), rng.randrange(20), session_id)
             case 3:
                 message = CloseSession(session_id)
+            case 4:
+                message = Ping(self.next_id)
             case _:
                 message = ErrorReply(ErrorCode.INTERNAL, "failed", session_id)
         try:
@@ -98,7 +103,7 @@ class Walk:
         session_id = self.session_id(cloud)
         step_id = self.step_id(cloud, session_id)
         message: Message
-        match rng.choices(range(5), [4, 8, 2, 2, 0.5])[0]:
+        match rng.choices(range(6), [4, 8, 2, 2, 1, 0.5])[0]:
             case 0:
                 message = SessionOpened(session_id, 64)
             case 1:
@@ -107,19 +112,25 @@ class Walk:
                 message = end(step_id, session_id)
             case 3:
                 message = SessionClosed(session_id)
+            case 4:
+                message = Pong(self.pings_at_cloud[0] if self.pings_at_cloud else 0)
             case _:
                 message = ErrorReply(ErrorCode.CAPACITY, "failed", session_id)
         try:
             self.ends.cloud_says(message)
         except LocalProtocolError:
             return
+        if isinstance(message, Pong):
+            del self.pings_at_cloud[0]
         self.said[type(message).__name__] += 1
 
     def edge_listens(self) -> None:
         if self.ends.to_edge:
             message = self.ends.edge_hears()
             self.late["edge"] += message is None
-            if message is None or isinstance(message, Hello) or message.session_id is None:
+            if message is None or isinstance(message, Hello | Ping | Pong):
+                return
+            if message.session_id is None:
                 return
             # Every session ends once for the edge, and nothing of it is heard again.
             assert message.session_id in self.open_at_edge
@@ -130,7 +141,10 @@ class Walk:
 
     def cloud_listens(self) -> None:
         if self.ends.to_cloud:
-            self.late["cloud"] += self.ends.cloud_hears() is None
+            message = self.ends.cloud_hears()
+            self.late["cloud"] += message is None
+            if isinstance(message, Ping):
+                self.pings_at_cloud.append(message.nonce)
 
 
 def test_ends_that_keep_to_what_they_may_say_never_disagree() -> None:
@@ -160,6 +174,8 @@ def test_ends_that_keep_to_what_they_may_say_never_disagree() -> None:
         "StepEnd",
         "CloseSession",
         "SessionClosed",
+        "Ping",
+        "Pong",
         "ErrorReply",
     }
     assert min(said.values()) > 100

@@ -18,6 +18,8 @@ from privatelora.runtime.wire.messages import (
     Message,
     OpenSession,
     OutputRows,
+    Ping,
+    Pong,
     Role,
     SessionClosed,
     SessionOpened,
@@ -25,7 +27,7 @@ from privatelora.runtime.wire.messages import (
     StepEnd,
     TensorPayload,
 )
-from privatelora.runtime.wire.prelude import MAX_SESSIONS, WireLimits
+from privatelora.runtime.wire.prelude import MAX_PINGS, MAX_SESSIONS, WireLimits
 from privatelora.runtime.wire.state import Phase, SessionPhase, WireConnection
 from tests.wire.ends import Ends, begin, end, greeted, reply, request, with_session
 from tests.wire.samples import CLOUD_HELLO, EDGE_HELLO, frame_of, payload
@@ -73,10 +75,18 @@ ONE_OF_EACH: dict[Role, tuple[Message, ...]] = {
         begin(7),
         reply(6, 4),
         CloseSession(1),
+        Ping(3),
         FAILED,
         GOODBYE,
     ),
-    Role.CLOUD: (CLOUD_HELLO, SessionOpened(1, 64), request(6, 5), end(5), SessionClosed(1)),
+    Role.CLOUD: (
+        CLOUD_HELLO,
+        SessionOpened(1, 64),
+        request(6, 5),
+        end(5),
+        SessionClosed(1),
+        Pong(3),
+    ),
 }
 ALL = (*ONE_OF_EACH[Role.EDGE], *ONE_OF_EACH[Role.CLOUD])
 
@@ -88,6 +98,12 @@ def new() -> Ends:
 def hello_said() -> Ends:
     ends = Ends()
     ends.edge_tells(EDGE_HELLO)
+    return ends
+
+
+def pinged() -> Ends:
+    ends = greeted()
+    ends.edge_tells(Ping(3))
     return ends
 
 
@@ -135,15 +151,17 @@ LEGAL = {
     (new, Role.CLOUD): (GOODBYE,),
     (hello_said, Role.EDGE): (GOODBYE,),
     (hello_said, Role.CLOUD): (Hello, GOODBYE),
-    (greeted, Role.EDGE): (OpenSession, GOODBYE),
+    (greeted, Role.EDGE): (OpenSession, Ping, GOODBYE),
     (greeted, Role.CLOUD): (GOODBYE,),
-    (opening, Role.EDGE): (ALL[1], CloseSession, FAILED, GOODBYE),
+    (pinged, Role.EDGE): (OpenSession, Ping, GOODBYE),
+    (pinged, Role.CLOUD): (Pong, GOODBYE),
+    (opening, Role.EDGE): (ALL[1], CloseSession, Ping, FAILED, GOODBYE),
     (opening, Role.CLOUD): (SessionOpened, FAILED, GOODBYE),
-    (running, Role.EDGE): (ALL[1], StepBegin, ExchangeReply, CloseSession, FAILED, GOODBYE),
+    (running, Role.EDGE): (ALL[1], StepBegin, ExchangeReply, CloseSession, Ping, FAILED, GOODBYE),
     (running, Role.CLOUD): (StepEnd, FAILED, GOODBYE),
-    (closing, Role.EDGE): (ALL[1], GOODBYE),
+    (closing, Role.EDGE): (ALL[1], Ping, GOODBYE),
     (closing, Role.CLOUD): (SessionClosed, FAILED, GOODBYE),
-    (over, Role.EDGE): (ALL[1], GOODBYE),
+    (over, Role.EDGE): (ALL[1], Ping, GOODBYE),
     (over, Role.CLOUD): (GOODBYE,),
     (ended_by_edge, Role.EDGE): (),
     (ended_by_edge, Role.CLOUD): (),
@@ -237,6 +255,34 @@ def test_what_is_refused_to_be_sent_changes_nothing() -> None:
     with pytest.raises(LocalProtocolError):  # cannot be encoded
         ends.edge.send(StepBegin(1, 7, 0, OutputRows.LAST, payload(0), None))
     ends.edge_tells(begin(7))
+
+
+# Round trips
+
+
+def test_pings_are_answered_in_their_order() -> None:
+    ends = running()
+    for nonce in (0, 5, 6):
+        ends.edge_tells(Ping(nonce))
+    with pytest.raises(LocalProtocolError, match="Ping 6 after 6: nonces must ascend"):
+        ends.edge.send(Ping(6))
+    ends.cloud_tells(Pong(0))
+    with pytest.raises(LocalProtocolError, match="Pong 6 is not the answer"):
+        ends.cloud.send(Pong(6))
+    for nonce in (5, 6):
+        ends.cloud_tells(Pong(nonce))
+    with pytest.raises(RemoteProtocolError, match="Pong 6 is not the answer"):
+        ends.edge.receive(frame_of(Pong(6)))
+
+
+def test_pings_that_wait_are_limited() -> None:
+    ends = greeted()
+    for nonce in range(MAX_PINGS):
+        ends.edge_tells(Ping(nonce))
+    with pytest.raises(LocalProtocolError, match=f"Ping with {MAX_PINGS} not yet answered"):
+        ends.edge.send(Ping(9))
+    with pytest.raises(RemoteProtocolError, match=f"Ping with {MAX_PINGS} not yet answered"):
+        ends.cloud.receive(frame_of(Ping(9)))
 
 
 # The end of a session

@@ -1,0 +1,154 @@
+"""Whether a file of settings is right: its keys and values, and everything that it refers to."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from privatelora.errors import ConfigError
+from privatelora.partition.adapter import load_adapter
+from privatelora.partition.layout import ShardRole
+from privatelora.partition.plan_file import PlanOptions
+from privatelora.partition.shard import Shard, open_shard
+from privatelora.runtime.config import CloudConfig, EdgeConfig
+from privatelora.runtime.device import compute_device
+from privatelora.runtime.host_port import is_loopback, parse_host_port
+from privatelora.runtime.link_check import Findings, check_link
+from privatelora.runtime.secret_config import SecretConfig
+from privatelora.yaml_file import as_model, read_mapping
+
+MODELS: dict[str, type[BaseModel]] = {
+    "cloud": CloudConfig,
+    "edge": EdgeConfig,
+    "plan": PlanOptions,
+}
+"""By the kind of file."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """``kind``: a key of MODELS, or None where it cannot be told."""
+
+    file: Path
+    kind: str | None
+    findings: Findings
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the file can be used; there may be warnings."""
+        return not self.findings.errors
+
+
+def check_file(path: Path) -> Report:
+    """Check a file and everything that it refers to. No secret gets into the report."""
+    findings = Findings()
+    kind: str | None = None
+    with findings.about(""):
+        values = read_mapping(path, "listen")
+        kind = kind_of(values, path)
+        config = as_model(values, path, MODELS[kind])
+        if isinstance(config, CloudConfig):
+            _check_cloud(config, findings)
+        elif isinstance(config, EdgeConfig):
+            _check_edge(config, findings)
+        elif isinstance(config, PlanOptions):
+            config.check()
+    return Report(path, kind, findings)
+
+
+def kind_of(values: Mapping[Any, Any], path: Path) -> str:
+    """Which kind of file has these keys, or most of them. ConfigError if none has any."""
+
+    def likeness(kind: str) -> float:
+        known = MODELS[kind].model_fields
+        # Half for what may be misspelt.
+        return sum(
+            1.0 if key in known else 0.5 * bool(difflib.get_close_matches(str(key), known))
+            for key in values
+        )
+
+    kind = max(MODELS, key=likeness)
+    if not likeness(kind):
+        raise ConfigError(
+            f"{path}: neither a cloud's file (listen: ...) nor an edge's (cloud: ...) nor a plan "
+            "(rank_up: ...)"
+        )
+    return kind
+
+
+def _check_cloud(config: CloudConfig, findings: Findings) -> None:
+    check_link("listen", config, findings, listens=True)
+    _check_secrets(config, findings)
+    _open_shard(config.shard, "cloud", findings)
+    with findings.about("device"):
+        compute_device(config.device)
+    if config.trace is not None and not os.access(config.trace.parent, os.W_OK):
+        with findings.about("trace"):
+            raise ConfigError(f"cannot write into {config.trace.parent}; name another file")
+    if config.metrics is not None:
+        host, _ = parse_host_port(config.metrics)
+        if not is_loopback(host):
+            findings.warn(
+                "metrics",
+                f"{config.metrics} answers everybody who can reach it; listen on 127.0.0.1, or "
+                "let a firewall keep others out",
+            )
+
+
+def _check_edge(config: EdgeConfig, findings: Findings) -> None:
+    check_link("cloud", config, findings, listens=False)
+    _check_secrets(config, findings)
+    shard = _open_shard(config.shard, "edge", findings)
+    for key, path in _adapters(config).items():
+        with findings.about(key):
+            if not path.is_file():
+                raise ConfigError(f"{path} does not exist; make one with privatelora adapter init")
+            if shard is not None:
+                prints = shard.manifest.fingerprints
+                load_adapter(path, shard.manifest.plan, prints.basis, prints.model)
+            findings.check_private(key, path)
+    if config.impaired is not None:
+        findings.warn("impaired", "rehearses a worse network; leave it out for real use")
+
+
+def _adapters(config: EdgeConfig) -> dict[str, Path]:
+    """All adapter files by their key."""
+    files = {f"adapters.{name}": path for name, path in config.adapters.items()}
+    return files if config.adapter is None else {"adapter": config.adapter, **files}
+
+
+def _open_shard(path: Path, role: ShardRole, findings: Findings) -> Shard | None:
+    opened: list[Shard] = []
+    with findings.about("shard"):
+        opened.append(open_shard(path, role))
+    return opened[0] if opened else None
+
+
+def _check_secrets(config: BaseModel, findings: Findings) -> None:
+    for key, secret in _secrets(config, ""):
+        with findings.about(key):
+            secret.read()
+        if secret.file is not None:
+            findings.check_private(key, secret.file)
+
+
+def _secrets(value: object, key: str) -> Iterator[tuple[str, SecretConfig]]:
+    """Every secret that settings name, with its dotted key."""
+    if isinstance(value, SecretConfig):
+        yield key, value
+        return
+    inner: Iterator[tuple[object, object]] | None = None
+    if isinstance(value, BaseModel):
+        inner = iter(value)
+    elif isinstance(value, Mapping):
+        inner = iter(value.items())
+    elif isinstance(value, tuple | list):
+        inner = iter(enumerate(value))
+    for name, part in inner or ():
+        yield from _secrets(part, f"{key}.{name}" if key else str(name))
