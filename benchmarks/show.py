@@ -233,6 +233,26 @@ def emulator_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def turns_table(result: dict[str, Any]) -> Table:
+    """Of ``measure_turns``."""
+    tokens = result["settings"]["history_tokens"]
+    table = Table(title=f"Second turn after about {tokens} tokens, and the same from a cold start")
+    for heading in ("RTT", "", "tokens run", "bytes to the cloud", "first token after", "faster"):
+        table.add_column(heading, no_wrap=True)
+    for row in result["rows"]:
+        for name in ("cold_start", "second_turn"):
+            figures = row[name]
+            table.add_row(
+                f"{row['rtt_ms']:g} ms",
+                name.replace("_", " "),
+                str(figures["tokens_run"]),
+                f"{figures['bytes_to_cloud']:,}",
+                f"{spread(figures['time_to_first_token_s'])} s",
+                spread(row["speedup"]) + " x" if name == "second_turn" else "",
+            )
+    return table
+
+
 def quality_table(result: dict[str, Any]) -> Table:
     """Of ``measure_quality``."""
     base, settings = result["base_model"], result["settings"]

@@ -132,3 +132,20 @@ def test_options_that_make_no_sense(commands: Commands, tmp_path: Path) -> None:
         assert found.err.startswith("error: ")
         assert said in found.err
         assert found.err.count("\n") == 1
+
+
+def test_turns(commands: Commands, tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "model", hidden_size=256, max_position_embeddings=2048)
+    content = result(
+        commands,
+        tmp_path,
+        *("turns", "--model", model, "--history-tokens", 200, "--rounds", 2),
+        *("--rtt-ms", "0,2", "--dtype", "float32"),
+    )
+    assert [row["rtt_ms"] for row in content["rows"]] == [0, 2]
+    for row in content["rows"]:
+        cold, second = row["cold_start"], row["second_turn"]
+        assert second["prompt_tokens"] == cold["prompt_tokens"] == cold["tokens_run"]
+        assert 0 < second["tokens_run"] < cold["tokens_run"] / 3
+        assert 0 < second["bytes_to_cloud"] < cold["bytes_to_cloud"] / 3
+        assert row["speedup"]["min"] <= row["speedup"]["median"] <= row["speedup"]["max"]

@@ -128,6 +128,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "generate": (MAIN, "generate"),
     "demo": (MAIN, "demo"),
     "keys new": (MAIN, "keys", "new"),
+    "keys token": (MAIN, "keys", "token"),
     "config check": (MAIN, "config", "check"),
     "config schema": (MAIN, "config", "schema"),
     "status": (MAIN, "status"),
@@ -137,6 +138,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "bench serve": (BENCH, "serve"),
     "bench situations": (BENCH, "situations"),
     "bench quality": (BENCH, "quality"),
+    "bench turns": (BENCH, "turns"),
     "bench emulator": (BENCH, "emulator"),
 }
 
