@@ -145,7 +145,8 @@ def test_turns(commands: Commands, tmp_path: Path) -> None:
     assert [row["rtt_ms"] for row in content["rows"]] == [0, 2]
     for row in content["rows"]:
         cold, second = row["cold_start"], row["second_turn"]
-        assert second["prompt_tokens"] == cold["prompt_tokens"] == cold["tokens_run"]
+        assert abs(second["prompt_tokens"] - cold["prompt_tokens"]) < 5
+        assert cold["tokens_run"] == cold["prompt_tokens"]
         assert 0 < second["tokens_run"] < cold["tokens_run"] / 3
         assert 0 < second["bytes_to_cloud"] < cold["bytes_to_cloud"] / 3
         assert row["speedup"]["min"] <= row["speedup"]["median"] <= row["speedup"]["max"]
