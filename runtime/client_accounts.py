@@ -128,8 +128,9 @@ class ClientAccounts:
         if wanted and wanted > self.num_free_blocks(client, cache.pool):
             block_size = cache.pool.block_size
             raise CapacityError(
-                f"{client} may have {most} cached positions, holds {account.num_blocks * block_size}"
-                f" and needs {wanted * block_size} more; close a session, or let one be idle"
+                f"{client} may have {most} cached positions, holds "
+                f"{account.num_blocks * block_size} and needs {wanted * block_size} more; close a "
+                "session, or let one be idle"
             )
 
     def num_free_blocks(self, client: str, pool: KVPool) -> int:

@@ -61,7 +61,7 @@ def load_tokens(path: Path) -> Tokens:
 
     Raises ConfigError that says what is wrong with it, and where.
     """
-    digests = read_mapping(path, "alice: SHA-256 of her token")
+    digests = read_mapping(path, "alice")
     if not 0 < len(digests) <= MAX_TOKENS:
         raise ConfigError(
             f"{path}: {len(digests)} tokens; 1 to {MAX_TOKENS} are possible, and privatelora keys "
@@ -112,7 +112,7 @@ def identify(connection: Connection, token: str | None, tokens: Tokens | None) -
 
 
 def token_to_send(secret: SecretConfig, cloud: str, *, with_curve: bool) -> SecretStr:
-    """Read the token that an edge sends to ``cloud``.
+    """Read the token that an edge sends to ``cloud``, an address, perhaps encrypted by CURVE.
 
     Raises ConfigError if there is none, or somebody on the way there could read it.
     """

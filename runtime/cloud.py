@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from privatelora.partition.shard import open_shard
+from privatelora.runtime.client_tokens import load_tokens
 from privatelora.runtime.cloud_service import CloudLimits, CloudService
 from privatelora.runtime.config import CloudConfig
 from privatelora.runtime.device import compute_device, compute_dtype
@@ -41,6 +42,7 @@ class Cloud:
         self.config = config
         self._is_listening = False
         self._trace = None if config.trace is None else Trace(config.trace)
+        tokens = None if config.tokens is None else load_tokens(config.tokens)
         self.shard = open_shard(config.shard, "cloud")
         manifest = self.shard.manifest
         device = compute_device(config.device)
@@ -55,10 +57,16 @@ class Cloud:
             Fingerprints(*manifest.fingerprints),
             CloudLimits(
                 max_sessions=config.max_sessions,
-                max_positions=min(config.max_positions, manifest.config.max_positions),
+                max_positions=min(
+                    config.max_positions,
+                    manifest.config.max_positions,
+                    config.max_cached_positions_per_client or config.max_positions,
+                ),
                 max_cached_positions=config.max_cached_positions,
                 max_frame_nbytes=config.max_frame_mib * 2**20,
                 max_sessions_per_client=config.max_sessions_per_client,
+                max_cached_positions_per_client=config.max_cached_positions_per_client,
+                max_steps_per_s_per_client=config.max_steps_per_s_per_client,
                 max_batch_rows=config.max_batch_rows,
                 max_waiting=config.max_waiting,
                 max_wait_s=config.max_wait_s,
@@ -66,6 +74,7 @@ class Cloud:
             ),
             self._trace,
             make_scheduler,
+            tokens,
         )
 
     async def listen(self) -> Listener:

@@ -16,6 +16,8 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+from pydantic import SecretStr
+
 from privatelora import __version__
 from privatelora.errors import (
     ConfigError,
@@ -84,6 +86,7 @@ class LinkSettings:
     step_timeout_s: float = 120.0
     max_frame_nbytes: int = 64 * 2**20
     spin_s: float | None = None
+    token: SecretStr | None = None
 
 
 async def open_link(
@@ -115,6 +118,7 @@ async def open_link(
             fingerprints=fingerprints,
             codecs=CODEC_NAMES,
             max_frame_nbytes=settings.max_frame_nbytes,
+            token=None if settings.token is None else settings.token.get_secret_value(),
         )
         await connection.send(*wire.send(ours))
         try:

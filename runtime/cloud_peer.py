@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -76,10 +77,18 @@ class Session:
 
 
 class CloudPeer:
-    """Takes an edge's messages and posts the answers. ``client``: on whose account it runs."""
+    """Takes an edge's messages and posts the answers."""
 
-    def __init__(self, service: CloudService, connection: Connection, client: str) -> None:
-        self.client = client
+    def __init__(
+        self,
+        service: CloudService,
+        connection: Connection,
+        identify: Callable[[str | None], str],
+    ) -> None:
+        """``identify`` takes the edge's token to its client, or raises AuthError."""
+        self.client = ""
+        """On whose account it runs, once it has said Hello."""
+        self._identify = identify
         self._service = service
         self._engine = service.engine
         self._connection = connection
@@ -102,10 +111,10 @@ class CloudPeer:
             raise RemoteProtocolError(f"no Hello within {HELLO_TIMEOUT_S:.0f} s") from error
         if not isinstance(hello, Hello):
             raise RemoteProtocolError("the first message must be Hello")
+        self.client = self._identify(hello.token)
         check_hello(self._service.hello, hello)
         self._post(self._service.hello)
-        identity = self._connection.identity or "without proof of identity"
-        logger.info("%s joined: %s, %s", self.name, hello.software, identity)
+        logger.info("%s joined as %s: %s", self.name, self.client, hello.software)
         while True:
             is_over = self._take_frame(await self._connection.recv())
             for _ in range(MAX_FRAMES_AT_ONCE):
@@ -233,13 +242,15 @@ class CloudPeer:
         session.num_positions = position + n
         session.steps[message.step_id] = step
         self._has_begun_step = True
-        self._service.runner.begin(
+        begin = partial(
+            self._service.runner.begin,
             session.number,
             message.step_id,
             step,
             partial(self._deliver, session, message.step_id, message.output_rows),
             partial(self.fail, session.session_id),
         )
+        self._service.accounts.begin(self.client, session.number, begin)
 
     def _continue_step(self, message: ExchangeReply) -> None:
         session = self._sessions[message.session_id]

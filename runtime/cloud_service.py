@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +29,8 @@ from privatelora.errors import (
 )
 from privatelora.partition.plan import Plan
 from privatelora.runtime.batch_runner import BatchRunner
+from privatelora.runtime.client_accounts import ClientAccounts, ClientLimits
+from privatelora.runtime.client_tokens import Tokens, identify
 from privatelora.runtime.cloud_peer import CloudPeer, Session
 from privatelora.runtime.engine import Engine
 from privatelora.runtime.payload.codec import CODEC_NAMES
@@ -36,7 +38,6 @@ from privatelora.runtime.scheduler import Scheduler
 from privatelora.runtime.telemetry import CloudMetrics, Occupancy
 from privatelora.runtime.trace import Trace
 from privatelora.runtime.wire.messages import Fingerprints, Hello, OpenSession, Role
-from privatelora.transports.address import parse_address
 from privatelora.transports.base import Connection
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ LOOK_AGAIN_S = 0.1
 class CloudLimits:
     """What one cloud gives away at most.
 
+    What ends in ``per_client`` is of ``ClientLimits``.
     ``max_batch_rows``: rows that the engine computes at once; a longer step runs alone.
     ``max_waiting``: sessions that wait for room; ``max_wait_s``: how long. ``min_idle_s``: how
     long a session must have been idle before its memory may go to another.
@@ -59,6 +61,8 @@ class CloudLimits:
     max_cached_positions: int
     max_frame_nbytes: int
     max_sessions_per_client: int = 16
+    max_cached_positions_per_client: int | None = None
+    max_steps_per_s_per_client: float | None = None
     max_batch_rows: int = 128
     max_waiting: int = 64
     max_wait_s: float = 10.0
@@ -83,8 +87,12 @@ class CloudService:
         limits: CloudLimits,
         trace: Trace | None = None,
         make_scheduler: Callable[..., Scheduler] = Scheduler,
+        tokens: Tokens | None = None,
     ) -> None:
-        """``make_scheduler`` takes ``num_segments`` and ``max_batch_rows``."""
+        """Serve those who have one of ``tokens``, or everybody.
+
+        ``make_scheduler`` takes ``num_segments`` and ``max_batch_rows``.
+        """
         self.engine = engine
         self.plan = plan
         self.limits = limits
@@ -107,16 +115,23 @@ class CloudService:
         observers = (self.metrics,) if trace is None else (self.metrics, trace)
         self.runner = BatchRunner(engine, scheduler, observers)
         self._pool = engine.new_pool(limits.max_cached_positions)
+        self._tokens = tokens
+        self.accounts = ClientAccounts(
+            ClientLimits(
+                limits.max_sessions_per_client,
+                limits.max_cached_positions_per_client,
+                limits.max_steps_per_s_per_client,
+            )
+        )
         self._numbers = itertools.count()
         self._sessions: OrderedDict[int, Session] = OrderedDict()
         """By number; those not used for longest first."""
-        self._num_sessions_of: Counter[str] = Counter()
         self._waiting: OrderedDict[tuple[CloudPeer, int], _Waiting] = OrderedDict()
         self._is_draining = False
 
     async def handle(self, connection: Connection) -> None:
         """Serve one edge until it leaves or breaks the protocol."""
-        peer = CloudPeer(self, connection, _client_of(connection))
+        peer = CloudPeer(self, connection, partial(identify, connection, tokens=self._tokens))
         with self.metrics.counting(connection):
             try:
                 if self._is_draining:
@@ -165,11 +180,7 @@ class CloudService:
                 f"offers up to {limits.max_positions}"
             )
         num_waiting = sum(waiting.peer.client == peer.client for waiting in self._waiting.values())
-        if self._num_sessions_of[peer.client] + num_waiting >= limits.max_sessions_per_client:
-            raise CapacityError(
-                f"{peer.client} has {limits.max_sessions_per_client} sessions already; close one "
-                "first"
-            )
+        self.accounts.require_session(peer.client, num_waiting)
         if not self._waiting and len(self._sessions) < limits.max_sessions:
             peer.admit(message)
         elif len(self._waiting) < limits.max_waiting:
@@ -188,7 +199,7 @@ class CloudService:
             exchange_codec=message.exchange_codec,
         )
         self._sessions[session.number] = session
-        self._num_sessions_of[peer.client] += 1
+        self.accounts.open(peer.client, session.number, session.kv)
         self.metrics.sessions_opened += 1
         self.runner.open(session.number, peer.client)
         return session
@@ -196,9 +207,7 @@ class CloudService:
     def close_session(self, session: Session) -> None:
         """Free a session and let in whoever waits."""
         del self._sessions[session.number]
-        self._num_sessions_of[session.peer.client] -= 1
-        if not self._num_sessions_of[session.peer.client]:
-            del self._num_sessions_of[session.peer.client]
+        self.accounts.close(session.peer.client, session.number)
         self.runner.close(session.number, session.steps)
         session.kv.release()
         self._admit_next()
@@ -210,16 +219,19 @@ class CloudService:
         self._sessions.move_to_end(session.number)
 
     def make_room(self, session: Session, position: int, num_positions: int) -> None:
-        """Reserve memory for a step. Raises RequestError, or CapacityError if there is none."""
+        """Reserve memory for a step. Raises RequestError, or CapacityError if there is none.
+
+        What a client lacks of its own share comes from its own idle sessions, what the cloud lacks
+        from anybody's.
+        """
+        kv, accounts, client = session.kv, self.accounts, session.peer.client
+        kv.check_room(position, num_positions)
         if position < session.num_positions:
-            session.kv.truncate(position)
-        while True:
-            try:
-                session.kv.reserve(position, num_positions)
-                return
-            except CapacityError:
-                if not self._evict_idle(besides=session):
-                    raise
+            kv.truncate(position)
+        share = partial(accounts.require_room, client, session.number, position, num_positions)
+        self._evicting(share, session, client)
+        spare = accounts.num_free_blocks(client, self._pool)
+        self._evicting(partial(kv.reserve, position, num_positions, spare), session)
 
     def withdraw(self, peer: CloudPeer, session_id: int) -> None:
         """A session that still waits is not wanted any more."""
@@ -272,16 +284,34 @@ class CloudService:
     def _full(self) -> CapacityError:
         return CapacityError(
             f"this cloud serves {len(self._sessions)} sessions already and {len(self._waiting)} "
-            f"wait; try again in {self.limits.max_wait_s:.0f} s"
+            f"wait; try again in {self.limits.max_wait_s:.0f} s",
+            self.limits.max_wait_s,
         )
 
-    def _evict_idle(self, besides: Session | None = None) -> bool:
-        """Take the memory of the session that was idle for longest; False if none is idle."""
+    def _evicting(
+        self, attempt: Callable[[], None], besides: Session, client: str | None = None
+    ) -> None:
+        """Make an attempt until it succeeds or there is nobody left to evict."""
+        while True:
+            try:
+                attempt()
+                return
+            except CapacityError as error:
+                if not self._evict_idle(besides, client):
+                    error.retry_after_s = self.limits.min_idle_s
+                    raise
+
+    def _evict_idle(self, besides: Session | None = None, client: str | None = None) -> bool:
+        """Take the memory of the session that was idle for longest; False if none is idle.
+
+        ``client``: of this one's sessions only.
+        """
         latest = time.monotonic() - self.limits.min_idle_s
         for session in self._sessions.values():
             if session.last_used > latest:
                 return False
-            if session is not besides and not session.steps:
+            is_meant = client is None or session.peer.client == client
+            if is_meant and session is not besides and not session.steps:
                 self.metrics.sessions_evicted += 1
                 session.peer.fail(
                     session.session_id,
@@ -293,11 +323,3 @@ class CloudService:
 
 def _shutting_down() -> CapacityError:
     return CapacityError("this cloud is shutting down; try again later")
-
-
-def _client_of(connection: Connection) -> str:
-    """On whose account a connection runs: what it has proven to be, else its machine."""
-    if connection.identity is not None:
-        return connection.identity
-    address = parse_address(connection.peer.partition(" ")[0])
-    return f"{address.scheme}://{address.host}"

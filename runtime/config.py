@@ -11,6 +11,7 @@ from privatelora.runtime.host_port import HostPort
 from privatelora.runtime.http_config import HttpConfig
 from privatelora.runtime.link_config import ConfigPath, ImpairedConfig, LinkConfig, PayloadConfig
 from privatelora.runtime.sampling_params import SamplingParams
+from privatelora.runtime.secret_config import SecretConfig
 from privatelora.yaml_file import read_yaml
 
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
@@ -38,7 +39,16 @@ class CloudConfig(LinkConfig):
     max_cached_positions: int = Field(default=131072, gt=0)
     """KV cache positions of all sessions together. Idle sessions lose theirs first."""
     max_sessions_per_client: int = Field(default=16, gt=0)
-    """A client is a key or certificate, or else a machine."""
+    """A client is a certificate, a key or a token, or else a machine."""
+    max_cached_positions_per_client: int | None = Field(default=None, gt=0)
+    """KV cache positions of all sessions of one client together; its own idle sessions lose theirs
+    first, and no other's. Default: all there are."""
+    max_steps_per_s_per_client: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Steps, each a decoded token or a chunk of a prompt, that one client may begin in a second.
+    Those beyond it begin later. Default: no limit."""
+    tokens: ConfigPath | None = None
+    """File of ``NAME: DIGEST`` lines, those that ``privatelora keys token`` prints. With it an edge
+    needs one of these tokens, unless it has proven who it is by certificate or key."""
     max_waiting: int = Field(default=64, ge=0)
     """Sessions that wait for room, at most ``max_wait_s``; beyond that they are refused."""
     max_wait_s: float = Field(default=10.0, gt=0, allow_inf_nan=False)
@@ -62,6 +72,9 @@ class EdgeConfig(LinkConfig):
 
     cloud: str
     """Address of the cloud, such as ``tcp://cloud.example:18230``."""
+    token: SecretConfig | None = None
+    """Where the token is with which this edge proves who it is: ``file: PATH`` or ``env: NAME``.
+    It is only sent encrypted, or within this machine."""
     shard: ConfigPath
     """The ``edge`` folder that ``privatelora partition`` wrote."""
     adapter: ConfigPath | None = None

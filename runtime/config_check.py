@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from privatelora.partition.adapter import load_adapter
 from privatelora.partition.layout import ShardRole
 from privatelora.partition.plan_file import PlanOptions
 from privatelora.partition.shard import Shard, open_shard
+from privatelora.runtime.client_tokens import load_tokens, token_to_send
 from privatelora.runtime.config import CloudConfig, EdgeConfig
 from privatelora.runtime.device import compute_device
 from privatelora.runtime.host_port import is_loopback, parse_host_port
@@ -84,7 +85,9 @@ def kind_of(values: Mapping[Any, Any], path: Path) -> str:
 
 def _check_cloud(config: CloudConfig, findings: Findings) -> None:
     check_link("listen", config, findings, listens=True)
-    _check_secrets(config, findings)
+    if config.tokens is not None:
+        with findings.about("tokens"):
+            load_tokens(config.tokens)
     _open_shard(config.shard, "cloud", findings)
     with findings.about("device"):
         compute_device(config.device)
@@ -103,7 +106,14 @@ def _check_cloud(config: CloudConfig, findings: Findings) -> None:
 
 def _check_edge(config: EdgeConfig, findings: Findings) -> None:
     check_link("cloud", config, findings, listens=False)
-    _check_secrets(config, findings)
+    if config.token is not None:
+        with findings.about("token"):
+            token_to_send(config.token, config.cloud, with_curve=config.curve is not None)
+        _check_private("token", config.token, findings)
+    if config.http.api_key is not None:
+        with findings.about("http.api_key"):
+            config.http.api_key.read()
+        _check_private("http.api_key", config.http.api_key, findings)
     shard = _open_shard(config.shard, "edge", findings)
     for key, path in _adapters(config).items():
         with findings.about(key):
@@ -130,25 +140,6 @@ def _open_shard(path: Path, role: ShardRole, findings: Findings) -> Shard | None
     return opened[0] if opened else None
 
 
-def _check_secrets(config: BaseModel, findings: Findings) -> None:
-    for key, secret in _secrets(config, ""):
-        with findings.about(key):
-            secret.read()
-        if secret.file is not None:
-            findings.check_private(key, secret.file)
-
-
-def _secrets(value: object, key: str) -> Iterator[tuple[str, SecretConfig]]:
-    """Every secret that settings name, with its dotted key."""
-    if isinstance(value, SecretConfig):
-        yield key, value
-        return
-    inner: Iterator[tuple[object, object]] | None = None
-    if isinstance(value, BaseModel):
-        inner = iter(value)
-    elif isinstance(value, Mapping):
-        inner = iter(value.items())
-    elif isinstance(value, tuple | list):
-        inner = iter(enumerate(value))
-    for name, part in inner or ():
-        yield from _secrets(part, f"{key}.{name}" if key else str(name))
+def _check_private(key: str, secret: SecretConfig, findings: Findings) -> None:
+    if secret.file is not None:
+        findings.check_private(key, secret.file)

@@ -11,6 +11,7 @@ from privatelora.partition.adapter import load_adapter
 from privatelora.partition.shard import Shard, open_shard
 from privatelora.partition.tokenizer import load_tokenizer
 from privatelora.runtime.chat import TextModel
+from privatelora.runtime.client_tokens import token_to_send
 from privatelora.runtime.cloud_link import CloudLink, LinkSettings
 from privatelora.runtime.config import EdgeConfig
 from privatelora.runtime.device import compute_dtype
@@ -32,6 +33,9 @@ class Edge:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self.config = config
+        token = None
+        if config.token is not None:
+            token = token_to_send(config.token, config.cloud, with_curve=config.curve is not None)
         self.shard = open_shard(config.shard, "edge")
         manifest = self.shard.manifest
         dtype = compute_dtype(config.dtype, manifest.dtype)
@@ -54,6 +58,7 @@ class Edge:
                 step_timeout_s=config.step_timeout_s,
                 max_frame_nbytes=config.max_frame_mib * 2**20,
                 spin_s=config.spin_s,
+                token=token,
             ),
             max_positions=min(config.max_positions, model_limit),
             max_step_positions=config.prefill_chunk,

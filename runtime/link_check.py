@@ -12,6 +12,7 @@ from pathlib import Path
 from cryptography import x509
 
 from privatelora.errors import ConfigError, PrivateLoRAError
+from privatelora.runtime.config import CloudConfig
 from privatelora.runtime.host_port import is_loopback
 from privatelora.runtime.link_config import LinkConfig
 from privatelora.transports.address import Address, parse_address
@@ -121,10 +122,12 @@ def _warn_of_strangers(
     key: str, address: Address, config: LinkConfig, findings: Findings, *, listens: bool
 ) -> None:
     """Warn of a way over a network that others can use or listen to."""
-    tokens = getattr(config, "tokens" if listens else "token", None)
+    has_tokens = isinstance(config, CloudConfig) and config.tokens is not None
     is_open = address.scheme == "tcp" or (address.scheme == "zmq+tcp" and config.curve is None)
-    if is_open and tokens:
-        findings.warn(key, f"{address} is not encrypted: tokens can be read on the way; use tls://")
+    if is_open and has_tokens:
+        findings.warn(
+            key, f"{address} is not encrypted: no edge elsewhere sends its token there; use tls://"
+        )
     elif is_open and listens:
         findings.warn(
             key,
@@ -137,7 +140,7 @@ def _warn_of_strangers(
             f"{address} is not encrypted: others on the way can read along; use tls:// or "
             "zmq+tcp:// with keys (privatelora keys new)",
         )
-    elif listens and not tokens and config.tls is not None and config.tls.trust is None:
+    elif listens and not has_tokens and config.tls is not None and config.tls.trust is None:
         findings.warn(
             "tls",
             "without trust every edge is let in; set trust to a folder with the certificates of "

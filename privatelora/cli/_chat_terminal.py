@@ -1,10 +1,10 @@
-"""Messages as people type them: in a terminal with editing and history, or line by line."""
+"""Messages as people type them in a terminal, with editing, completion and history."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,20 +42,6 @@ async def terminal_messages(
             continue
         except EOFError:
             return
-
-
-async def joined_lines(lines: AsyncIterator[str]) -> AsyncGenerator[str, None]:
-    r"""Lines as messages; one that ends with \ goes on in the next."""
-    message = ""
-    async for line in lines:
-        text = line.removesuffix("\n")
-        if text.endswith("\\"):
-            message += text.removesuffix("\\") + "\n"
-        else:
-            yield message + text
-            message = ""
-    if message:
-        yield message
 
 
 def history_path() -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -61,12 +61,28 @@ def chat(
 
 
 def _messages(conversation: ChatConversation, no_history: bool) -> AsyncGenerator[str, None]:
-    from privatelora.cli._chat_terminal import history_path, joined_lines, terminal_messages
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        from privatelora.cli._chat_terminal import history_path, terminal_messages
+
+        return terminal_messages(conversation, None if no_history else history_path())
+
     from privatelora.cli._input import read_lines
 
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        return terminal_messages(conversation, None if no_history else history_path())
     return joined_lines(read_lines())
+
+
+async def joined_lines(lines: AsyncIterator[str]) -> AsyncGenerator[str, None]:
+    r"""Lines as messages; one that ends with \ goes on in the next."""
+    message = ""
+    async for line in lines:
+        text = line.removesuffix("\n")
+        if text.endswith("\\"):
+            message += text.removesuffix("\\") + "\n"
+        else:
+            yield message + text
+            message = ""
+    if message:
+        yield message
 
 
 async def talk(conversation: ChatConversation, lines: AsyncGenerator[str, None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import ssl
@@ -18,13 +19,15 @@ from privatelora.cli._app import print_fields, print_json
 from privatelora.errors import ConfigError
 
 NEW_EXAMPLE = "Example: privatelora keys new my-cloud --host cloud.example --host 192.0.2.7"
+TOKEN_EXAMPLE = "Example: privatelora keys token alice"
 DEFAULT_DAYS = 730
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_NAME_RULE = "use up to 64 letters, digits, '.', '_', '-'"
 # What stands in the settings where only the peer's keys are missing.
 _PEER = "FROM-THE-OTHER-SIDE"
 
-app = typer.Typer(no_args_is_help=True, help="Make keys for tls:// and zmq+tcp://.")
+app = typer.Typer(no_args_is_help=True, help="Make keys for tls:// and zmq+tcp://, and tokens.")
 
 
 class Kind(StrEnum):
@@ -38,11 +41,6 @@ class Kind(StrEnum):
 def register(main: typer.Typer) -> None:
     """Add the commands to a program, as ``keys``."""
     main.add_typer(app, name="keys")
-
-
-@app.callback()
-def _group() -> None:
-    """A group even while it has one command only."""
 
 
 @app.command("new", epilog=NEW_EXAMPLE)
@@ -66,9 +64,7 @@ def new(
 ) -> None:
     """Make keys for a cloud or an edge: some to keep, some to give to the other side."""
     if not _NAME.fullmatch(name):
-        raise ConfigError(
-            f"{name!r} cannot name a folder of keys; use up to 64 letters, digits, '.', '_', '-'"
-        )
+        raise ConfigError(f"{name!r} cannot name a folder of keys; {_NAME_RULE}")
     if kind is Kind.CURVE and (host or days is not None):
         raise ConfigError("--host and --days belong to a certificate; leave them out")
     hosts = host or []
@@ -79,6 +75,52 @@ def new(
         print_json(_summary(folder, hosts, pairs))
     else:
         _print(folder, hosts, pairs)
+
+
+@app.command("token", epilog=TOKEN_EXAMPLE)
+def token(
+    name: Annotated[str, typer.Argument(help="Whose token; the cloud counts by this name.")],
+    directory: Annotated[
+        Path, typer.Option("--dir", help="Where the file NAME.token is made.")
+    ] = Path("keys"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Make a token for an edge, and the line by which a cloud knows it."""
+    from privatelora.runtime.client_tokens import NAME, digest, new_token
+
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"{name!r} cannot name a client; {_NAME_RULE}")
+    file, secret = directory / f"{name}.token", new_token()
+    _write_secret(file, f"{secret}\n")
+    edge = {"token": {"file": str(file.absolute())}}
+    line = {name: digest(secret)}
+    if as_json:
+        print_json({"file": str(file), "settings": {"edge": edge, "tokens": line}})
+        return
+    print(f"Made {file}, which only you can read.\n")
+    print(f"In the YAML file of the edge, which needs this file:\n\n{_yaml(edge)}")
+    print("and in the file that the cloud's YAML file names as tokens, where it is no secret:\n")
+    print(_yaml(line), end="")
+
+
+def _write_secret(file: Path, text: str) -> None:
+    """Write a new file that its owner alone can read, or nothing."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError as error:
+        if not file.exists():  # it is the directory that is something else
+            raise ConfigError(f"cannot write into {file.parent}: {error.strerror}") from error
+        raise ConfigError(f"{file} exists; choose another name, or move it away first") from error
+    except OSError as error:
+        raise ConfigError(f"cannot write into {file.parent}: {error.strerror}") from error
+    try:
+        with open(descriptor, "w", encoding="ascii") as opened:
+            os.fchmod(descriptor, 0o600)  # never more; but a strict umask makes it less
+            opened.write(text)
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        raise ConfigError(f"cannot write {file}: {error.strerror}") from error
 
 
 class Pair(NamedTuple):
@@ -186,5 +228,5 @@ def _print(folder: Path, hosts: Sequence[str], pairs: Sequence[Pair]) -> None:
         print(f"The other side knows the certificate as {identity}.")
 
 
-def _yaml(settings: dict[str, dict[str, str]]) -> str:
+def _yaml(settings: dict[str, Any]) -> str:
     return str(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=10_000))

@@ -1,6 +1,6 @@
 """A stand-in for an edge's HTTP surface, in this process, for quick tests of the chat page.
 
-It serves the real page under the real policy and answers as it is told.
+It serves the real page with its real headers, and answers as it is told.
 """
 
 from __future__ import annotations
@@ -12,21 +12,16 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 
-from privatelora.runtime import http
+from privatelora.runtime.http import page_files
 
-PAGE = Path(http.__file__).parent / "page"
-POLICY = b"default-src 'self'"
 FEATURES = 576
 POINTS = 4
 """Exchanges of a step."""
@@ -149,7 +144,7 @@ class Stub:
 
     async def _wait(self) -> None:
         try:
-            while not self.go_on.is_set():
+            while not self.go_on.is_set():  # noqa: ASYNC110  # set from another thread
                 await asyncio.sleep(0.01)
         except asyncio.CancelledError:
             self.left.set()
@@ -190,36 +185,13 @@ def chunk(
     }
 
 
-class Policy:
-    """Adds the Content-Security-Policy that the edge sends."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_policy(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [
-                    *message["headers"],
-                    (b"content-security-policy", POLICY),
-                    (b"cache-control", b"no-cache"),
-                ]
-            await send(message)
-
-        await self.app(scope, receive, send_with_policy)
-
-
-async def index(request: Request) -> Response:
-    return FileResponse(PAGE / "index.html")
-
-
 @contextmanager
 def serve(stub: Stub) -> Iterator[Stub]:
     """Serve until the context is left; ``stub.address`` is where."""
     app = Starlette(
         routes=[
-            Route("/", index),
-            Mount("/page", StaticFiles(directory=PAGE)),
+            Route("/", page_files.index),
+            Route("/page/{name}", page_files.file),
             Route("/v1/models", stub.list_models),
             Route("/v1/chat/completions", stub.complete, methods=["POST"]),
             Route("/v1/privatelora/status", stub.status),
@@ -227,7 +199,7 @@ def serve(stub: Stub) -> Iterator[Stub]:
         ]
     )
     config = uvicorn.Config(
-        Policy(app), port=0, log_level="error", ws="none", lifespan="off", loop="asyncio"
+        app, port=0, log_level="error", ws="none", lifespan="off", loop="asyncio"
     )
     server = uvicorn.Server(config)
     listening = config.bind_socket()

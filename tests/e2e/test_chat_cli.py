@@ -74,6 +74,15 @@ def test_typing_stopping_and_switching_in_a_terminal(
         terminal.press(f"/model base{ENTER}")
         terminal.read_until("base answers from now on")
         terminal.read_until("base>")
+        terminal.press(f"/retry{ENTER}")
+        terminal.read_until(EDITING_ENDS)
+        terminal.read_more(50)
+        terminal.press(CTRL_C)
+        terminal.read_until("[stopped]")
+        terminal.read_until("base>")
+        terminal.press(f"not said{CTRL_C}")
+        terminal.read_until(EDITING_ENDS)
+        terminal.read_until("base>")
         terminal.press(f"/set max_tokens 3{ENTER}")
         terminal.read_until("max_tokens: 3")
         terminal.read_until("base>")
@@ -84,3 +93,4 @@ def test_typing_stopping_and_switching_in_a_terminal(
         assert terminal.wait() == 0
     history = (tmp_path / "privatelora" / "history").read_text()
     assert "+How many apples?\n" in history
+    assert "not said" not in history

@@ -6,13 +6,15 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
+from tests.e2e.deployment import Deployment, tiny_deployment
 from tests.e2e.page_stub import Stub, serve
+from tests.e2e.processes import EDGE, SERVE, Process
 
 CHROMIUM = shutil.which("chromium")
 ARGUMENTS = [
@@ -267,6 +269,7 @@ def test_several_conversations(page: Page, stub: Stub) -> None:
     page.get_by_label("New name").press("Enter")
     expect(page.locator("#title")).to_have_text("Fruit")
 
+    page.get_by_role("link", name="Fruit").hover()
     page.get_by_role("button", name="Delete “Fruit”").click()
     expect(page.locator("#conversations li")).to_have_count(1)
     page.get_by_role("button", name="Undo").click()
@@ -373,7 +376,8 @@ def test_edge_stopped(browser: Browser) -> None:
 def test_full_storage_is_said(page: Page, stub: Stub) -> None:
     page.evaluate("""() => {
         for (let size = 2 ** 22; size >= 1; size >>= 1) {
-            try { for (let n = 0; ; n += 1) localStorage.setItem(`x${size}.${n}`, "x".repeat(size)); }
+            const text = "x".repeat(size);
+            try { for (let n = 0; ; n += 1) localStorage.setItem(`x${size}.${n}`, text); }
             catch { /* full */ }
         }
     }""")
@@ -424,8 +428,8 @@ def test_figures_and_what_the_cloud_received(page: Page, stub: Stub) -> None:
     expect(figures.locator("#sent-totals tbody tr")).to_have_count(2)
     expect(figures.locator("#sent-totals")).to_contain_text("ExchangeReply164")
     newest = figures.locator("#sent-recent li").first
-    expect(newest).to_contain_text("1 × 384 · int6 · 324 B")
-    expect(newest.locator(".mono")).to_have_text(re.compile(r"^([+−]\d\.\d{3} ){8}…$"))
+    expect(newest).to_contain_text("1 \N{MULTIPLICATION SIGN} 384 · int6 · 324 B")
+    expect(newest.locator(".mono")).to_have_text(re.compile(r"^(\S\d\.\d{3} ){8}…$"))
     # A step of one token: its hidden state and four answers of the adapter.
     expect(figures.locator("#sent-chart-text")).to_have_text("1,936 B")
     expect(figures.locator("#context-text")).to_have_text("47 of 2,048 tokens")
@@ -458,3 +462,70 @@ def test_theme_is_kept(page: Page) -> None:
     assert dark != light
     page.reload()
     assert page.evaluate(background) == dark
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Deployment:
+    directory = tmp_path_factory.mktemp("page")
+    options = {"max_position_embeddings": 4096}
+    return tiny_deployment("llama", directory, model_options=options, rank_up=8, rank_down=8)[0]
+
+
+def test_with_the_daemons(browser: Browser, deployment: Deployment) -> None:
+    """Two models, a long answer stopped, and a cloud that goes and comes back."""
+    (deployment.directory / "key").write_text("secret\n")
+    config = {
+        "adapter": None,
+        "adapters": {"calm": "adapter.safetensors"},
+        "max_positions": 4096,
+        "sampling": {"max_tokens": 20, "ignore_eos": True},
+        "http": {"listen": "127.0.0.1:0", "api_key": {"file": "key"}},
+    }
+    with ExitStack() as stack:
+        cloud = stack.enter_context(Process(SERVE, deployment.cloud_yaml()))
+        address = cloud.read_ready()
+        edge = stack.enter_context(Process(EDGE, deployment.edge_yaml(address, **config)))
+        with opened(browser, edge.read_ready()) as watched:
+            page, watched.refused_requests_are_expected = watched.page, True
+            page.get_by_role("dialog").get_by_label("API key").fill("secret")
+            page.get_by_role("button", name="Use this key").click()
+            expect(page.locator("#model option")).to_have_text(["calm", "base"])
+            expect(page.locator("#link-pill")).to_have_attribute("data-state", "connected")
+            expect(page.locator("#cloud-address")).to_have_text(address)
+
+            say(page, "How many apples?")
+            expect(answers(page).locator(".took")).to_contain_text("20 tokens")
+            expect(page.locator("#answer-figures")).to_contain_text("Round trips4/token")
+            totals = page.locator("#sent-totals")
+            expect(totals).to_contain_text(re.compile(r"StepBegin20[\d,.]+ k?B"))
+            # Besides the first point, which is folded, a step reads three of the adapter's.
+            expect(totals).to_contain_text(re.compile(r"ExchangeReply60[\d,.]+ k?B"))
+            newest = page.locator("#sent-recent li", has_text="ExchangeReply").first
+            expect(newest).to_contain_text("fp32")
+            expect(newest.locator(".mono")).to_have_text(re.compile(r"^\S\d+\.\d+ "))
+
+            page.locator("#model").select_option("base")
+            page.locator("#open-settings").click()
+            page.get_by_label("Most tokens").fill("4000")
+            page.get_by_role("button", name="Save").click()
+            say(page, "And pears?")
+            expect(answers(page).last.locator(".body")).to_have_text(re.compile("."))
+            page.keyboard.press("Escape")
+            expect(page.locator(".note")).to_have_text("You stopped this answer.")
+            expect(answers(page).last.locator(".who")).to_have_text("base")
+
+            cloud.terminate()
+            assert cloud.wait() == 0
+            say(page, "Still there?")
+            expect(page.locator(".error")).to_contain_text("The cloud is away")
+            cloud = stack.enter_context(
+                Process(SERVE, deployment.cloud_yaml("again.yaml", listen=address))
+            )
+            assert cloud.read_ready() == address
+            page.get_by_role("button", name="Retry").click()
+            expect(answers(page).last.locator(".body")).to_have_text(re.compile("."))
+            page.locator("#stop").click()
+            expect(page.locator(".error")).to_have_count(0)
+        for process in (edge, cloud):
+            process.terminate()
+            assert process.wait() == 0

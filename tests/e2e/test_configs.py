@@ -96,7 +96,9 @@ def test_a_deployment_answers(name: str, model: Path, commands: Commands, tmp_pa
         edge_site.path.write_text(edge_site.path.read_text().replace(":18230", f":{port}"))
         edge_site.run_until("privatelora-edge")
         with edge_site.start("privatelora-edge", EDGE) as edge:
-            models = ask(edge, edge_site)
+            url = edge.read_ready()
+            models = ask(url, edge_site)
+            look(url, edge_site, models)
             settings = yaml.safe_load(edge_site.path.read_text())
             named = settings.get("adapters") or {"adapter": settings["adapter"]}
             assert models == [*named, settings.get("base_model", "base")]
@@ -117,9 +119,25 @@ def give(giver: Site, pattern: str, taker: Site, folder: str) -> None:
             shutil.copy(path, target)
 
 
-def ask(edge: Process, site: Site) -> list[str]:
+def look(url: str, site: Site, models: list[str]) -> None:
+    """Ask the edge how it is, by its file, which names the secret if there is one."""
+    file = site.path.with_name("status.yaml")
+    text = site.path.read_text()
+    file.write_text(text.replace("127.0.0.1:0", url.removeprefix("http://")))
+    told = site.commands.run(MAIN, "status", file, "--json").json
+    assert (told["kind"], told["connected"], told["problem"]) == ("edge", True, None)
+    assert told["models"] == models
+    shown = site.commands.run(MAIN, "status", file)
+    assert (shown.code, shown.err) == (0, "")
+    assert re.search(r"^connected +yes, to privatelora/", shown.out, re.MULTILINE)
+    if "api_key" in text:
+        refused = site.commands.run(MAIN, "status", url)
+        assert refused.code == 1
+        assert "asks for an API key" in refused.err
+
+
+def ask(url: str, site: Site) -> list[str]:
     """Ask a question as a program would; the names of the models there are."""
-    url = edge.read_ready()
     key = site.directory / "keys" / "api-key"
     headers = {"Content-Type": "application/json"}
     if key.exists():

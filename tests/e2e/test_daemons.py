@@ -274,7 +274,8 @@ def test_an_edge_outlives_its_cloud(world: World) -> None:
     """The cloud ends in the middle of an answer, stays away, and comes back."""
     deployment = world.deployment
     with ExitStack() as stack:
-        cloud = stack.enter_context(Process(SERVE, deployment.cloud_yaml("leaving.yaml", drain_timeout_s=0)))
+        config = deployment.cloud_yaml("leaving.yaml", drain_timeout_s=0)
+        cloud = stack.enter_context(Process(SERVE, config))
         address = cloud.read_ready()
         config = deployment.edge_yaml(address, "staying.yaml", max_positions=4096)
         edge = stack.enter_context(Process(EDGE, "--lines", config))

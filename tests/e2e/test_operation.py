@@ -16,7 +16,7 @@ import pytest
 from tests.e2e.deployment import Deployment, tiny_deployment
 from tests.e2e.processes import EDGE, MAIN, PATIENCE_S, SERVE, Commands, Process
 
-LONG = {"prompt": "How many apples?", "sampling": {"max_tokens": 3000, "ignore_eos": True}}
+LONG = {"prompt": "How many apples?", "sampling": {"max_tokens": 600, "ignore_eos": True}}
 METRICS = re.compile(r"metrics at http://(127\.0\.0\.1:\d+)/metrics")
 
 
@@ -86,7 +86,7 @@ def test_an_answer_under_way_comes_to_its_end(deployment: Deployment) -> None:
             assert "this cloud is shutting down; try again later" in refused["error"]
             _, done = edge.read_answer()
             assert done["event"] == "done"
-            assert done["figures"]["completion_tokens"] == 3000
+            assert done["figures"]["completion_tokens"] == 600
             assert serving.process.wait() == 0
         assert "go on no more" not in serving.process.stderr
 

@@ -19,10 +19,10 @@ from privatelora.cli._chat_conversation import ChatConversation
 from privatelora.cli._chat_terminal import (
     _CommandCompleter,
     history_path,
-    joined_lines,
     open_history,
     terminal_messages,
 )
+from privatelora.cli.chat import joined_lines
 from tests.unit.fakes import FakeModel, fake_service
 
 CTRL_C, CTRL_D, ENTER, ALT_ENTER, UP = "\x03", "\x04", "\r", "\x1b\r", "\x1b[A"

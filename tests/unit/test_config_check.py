@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from privatelora.cli.main import app
+from privatelora.runtime.client_tokens import digest
 from privatelora.runtime.config_check import MODELS, Report, check_file
 from privatelora.runtime.payload.names import CODEC_NAMES
 from privatelora.transports.curve_keys import new_curve_key
@@ -31,6 +32,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Deployment:
         keys = made.directory / name
         new_certificate(keys / "tls.key", keys / "own.crt", name, ["cloud.example"], 100)
         new_curve_key(keys / "curve.key", keys / "own.pub")
+    (made.directory / "tokens.yaml").write_text(f"alice: {digest('a token')}\n")
     return made
 
 
@@ -110,6 +112,13 @@ WRONG: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "http.api_key",
         "there is no secret in the environment variable PRIVATELORA_UNSET",
     ),
+    "token in the clear": (
+        "edge",
+        {"cloud": "zmq+tcp://192.0.2.7:1", "token": {"file": "api-key"}},
+        "token",
+        "would go to zmq+tcp://192.0.2.7:1 unencrypted",
+    ),
+    "no tokens": ("cloud", {"tokens": "nowhere"}, "tokens", "cannot read"),
     "secret file": (
         "edge",
         {"http": {"api_key": {"file": "nowhere"}}},
@@ -133,6 +142,12 @@ UNWISE: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "open": ("cloud", {"listen": "tcp://*:1"}, "listen", "lets in everybody who can reach it"),
     "open zmq": ("cloud", {"listen": "zmq+tcp://0.0.0.0:1"}, "listen", "lets in everybody"),
     "any certificate": ("cloud", {"listen": "tls://*:1", "tls": TLS}, "tls", "every edge is let"),
+    "tokens": (
+        "cloud",
+        {"listen": "tcp://*:1", "tokens": "tokens.yaml"},
+        "listen",
+        "no edge elsewhere sends its token there",
+    ),
     "metrics": ("cloud", {"metrics": "0.0.0.0:9464"}, "metrics", "answers everybody"),
     "in the clear": ("edge", {"cloud": "tcp://cloud.example:1"}, "cloud", "is not encrypted"),
     "rehearsal": ("edge", {"impaired": {}}, "impaired", "rehearses a worse network"),

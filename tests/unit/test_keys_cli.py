@@ -1,4 +1,4 @@
-"""``privatelora keys new``: what it writes, who can read it, and that it works."""
+"""``privatelora keys``: what it writes, who can read it, and that it works."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import yaml
 
 from privatelora.cli._app import run
 from privatelora.cli.main import app
+from privatelora.runtime.client_tokens import load_tokens
 from privatelora.runtime.config import load_cloud_config, load_edge_config
 from privatelora.transports.base import Connection, Limits
 from privatelora.transports.curve_keys import read_public_key, read_secret_key
@@ -36,14 +38,14 @@ NewKeys = Callable[..., Result]
 
 
 @pytest.fixture
-def new_keys(
+def keys(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> NewKeys:
-    """Run ``privatelora keys new`` in an empty folder."""
+    """Run ``privatelora keys`` in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["privatelora", "keys", "new", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["privatelora", "keys", *map(str, arguments)])
         monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer replaces it
         with pytest.raises(SystemExit) as exit_info:
             run(app)
@@ -51,6 +53,12 @@ def new_keys(
         return Result(int(exit_info.value.code or 0), captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture
+def new_keys(keys: NewKeys) -> NewKeys:
+    """Run ``privatelora keys new`` there."""
+    return partial(keys, "new")
 
 
 @pytest.fixture(params=[0o000, 0o022, 0o277], ids=oct)
@@ -231,3 +239,66 @@ def test_a_failure_half_way_leaves_nothing(
     monkeypatch.setattr(Path, "rename", fail)
     assert "cannot make keys/alice: No space left on device" in refused(new_keys("alice"))
     assert os.listdir(tmp_path / "keys") == []
+
+
+@pytest.mark.usefixtures("umask")
+def test_a_token_is_private_and_its_line_is_what_the_cloud_knows_it_by(
+    keys: NewKeys, tmp_path: Path
+) -> None:
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys").chmod(0o700)
+    lines = ""
+    for name in ("alice", "123", "yes", "bob.laptop"):
+        shown = keys("token", name)
+        assert shown.code == 0, shown.err
+        file = tmp_path / "keys" / f"{name}.token"
+        assert file.stat().st_mode & 0o777 == 0o600
+        secret = file.read_text().strip()
+        assert len(secret) >= 43
+        assert secret not in shown.out
+        edge, line = (
+            block for block in shown.out.split("\n\n") if ": " in block and block[0] != "M"
+        )
+        assert yaml.safe_load(edge) == {"token": {"file": str(file)}}
+        lines += line
+    (tmp_path / "tokens.yaml").write_text(lines)
+    tokens = load_tokens(tmp_path / "tokens.yaml")
+    for file in (tmp_path / "keys").iterdir():
+        assert tokens.name_of(file.read_text().strip()) == file.name.removesuffix(".token")
+    assert tokens.name_of("something else") is None
+
+
+def test_the_settings_of_a_token_name_its_file(keys: NewKeys, tmp_path: Path) -> None:
+    made = keys("token", "alice", "--dir", tmp_path / "a" / "b", "--json").json
+    file = tmp_path / "a" / "b" / "alice.token"
+    assert made["file"] == str(file)
+    settings = tmp_path / "edge.yaml"
+    edge = {"cloud": "tls://h:1", "shard": "x", **made["settings"]["edge"]}
+    settings.write_text(yaml.safe_dump(edge))
+    token = load_edge_config(settings).token
+    assert token is not None
+    secret = file.read_text().strip()
+    assert token.read().get_secret_value() == secret
+    assert secret not in json.dumps(made)
+    assert list(made["settings"]["tokens"]) == ["alice"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a/b"], "'a/b' cannot name a client; use up to 64"),
+        ([""], "'' cannot name a client"),
+        (["taken", "--dir", "."], "taken.token exists; choose another name"),
+        (["a", "--dir", "file"], "cannot write into file: "),
+        (["a", "--dir", "file/below"], "cannot write into file/below: "),
+        (["a", "--dir", "/proc/nowhere"], "cannot write into /proc/nowhere: "),
+    ],
+)
+def test_a_token_that_cannot_be_made(
+    keys: NewKeys, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "taken.token").write_text("of somebody")
+    assert message in refused(keys("token", *arguments))
+    assert (tmp_path / "taken.token").read_text() == "of somebody"
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "taken.token"}

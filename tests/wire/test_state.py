@@ -153,7 +153,7 @@ LEGAL = {
     (hello_said, Role.CLOUD): (Hello, GOODBYE),
     (greeted, Role.EDGE): (OpenSession, Ping, GOODBYE),
     (greeted, Role.CLOUD): (GOODBYE,),
-    (pinged, Role.EDGE): (OpenSession, Ping, GOODBYE),
+    (pinged, Role.EDGE): (OpenSession, GOODBYE),
     (pinged, Role.CLOUD): (Pong, GOODBYE),
     (opening, Role.EDGE): (ALL[1], CloseSession, Ping, FAILED, GOODBYE),
     (opening, Role.CLOUD): (SessionOpened, FAILED, GOODBYE),

@@ -12,7 +12,7 @@ export class Answers {
    */
   constructor(on) {
     this.on = on;
-    this.running = new Map(); // conversation id -> {conversation, answer, abort}
+    this.running = new Map(); // conversation id -> {conversation, abort, leaving}
   }
 
   isBusy = (id) => this.running.has(id);
@@ -26,6 +26,15 @@ export class Answers {
     this.running.get(id)?.abort.abort();
   }
 
+  /** The page goes away, perhaps to come back: keep what has come. */
+  leave() {
+    for (const run of this.running.values()) {
+      run.leaving = true;
+      this.on.save(run.conversation);
+      run.abort.abort();
+    }
+  }
+
   /** Conversations with an answer under way. */
   conversations() {
     return [...this.running.values()].map(({ conversation }) => conversation);
@@ -33,12 +42,12 @@ export class Answers {
 
   /** Fetch `answer`, the empty last message of `conversation`; never throws. */
   async run(conversation, answer) {
-    const abort = new AbortController();
-    this.running.set(conversation.id, { conversation, answer, abort });
+    const run = { conversation, abort: new AbortController(), leaving: false };
+    this.running.set(conversation.id, run);
     let state = "done";
     let saved = Date.now();
     try {
-      for await (const chunk of streamChat(requestFor(conversation, answer), abort.signal)) {
+      for await (const chunk of streamChat(requestFor(conversation, answer), run.abort.signal)) {
         const choice = chunk.choices?.[0];
         answer.content += choice?.delta?.content ?? "";
         if (choice?.finish_reason === "length") state = "length";
@@ -50,7 +59,8 @@ export class Answers {
         }
       }
     } catch (error) {
-      if (error.name === "AbortError") state = "stopped";
+      if (run.leaving) state = "interrupted";
+      else if (error.name === "AbortError") state = "stopped";
       else {
         state = "failed";
         const known = error instanceof ApiError;

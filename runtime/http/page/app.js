@@ -342,7 +342,7 @@ document.addEventListener("keydown", (event) => {
 window.addEventListener("hashchange", followAddress);
 window.addEventListener("pagehide", () => {
   store.setDraft(draftKey(), composer.text);
-  for (const conversation of answers.conversations()) store.save(conversation);
+  answers.leave();
 });
 // Another window of this browser changed a conversation.
 window.addEventListener("storage", (event) => {

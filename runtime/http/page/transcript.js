@@ -245,7 +245,7 @@ export class Transcript {
   }
 
   follow() {
-    if (this.follows) this.scrollToEnd();
+    if (this.follows && this.views.size) this.scrollToEnd();
     else this.noteScroll();
   }
 
