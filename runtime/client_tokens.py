@@ -8,7 +8,6 @@ about a token.
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import re
 import secrets
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from privatelora.errors import AuthError, ConfigError
+from privatelora.runtime.host_port import is_loopback
 from privatelora.runtime.secret_config import SecretConfig
 from privatelora.runtime.wire.control import check_token
 from privatelora.runtime.wire.prelude import MalformedError
@@ -136,7 +136,4 @@ def _is_private(address: Address, with_curve: bool) -> bool:
         return True
     if with_curve and address.scheme in _ENCRYPTED_WITH_CURVE:
         return True
-    try:
-        return ipaddress.ip_address(address.host).is_loopback
-    except ValueError:
-        return address.host == "localhost"
+    return is_loopback(address.host)

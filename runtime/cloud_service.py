@@ -164,7 +164,7 @@ class CloudService:
             await asyncio.sleep(min(LOOK_AGAIN_S, timeout_s))
             while self._evict_idle():
                 pass
-        if self._sessions:
+        if self._sessions and timeout_s:
             logger.warning("%d sessions go on no more: the time is over", len(self._sessions))
 
     # Sessions

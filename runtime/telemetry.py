@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -69,6 +71,16 @@ class _Histogram:
         return HistogramMetricFamily(PREFIX + name, text, buckets, self.sum)
 
 
+@dataclass(slots=True)
+class _Sums:
+    """What one segment, or one exchange point, took."""
+
+    count: int = 0
+    rows: int = 0
+    busy_s: float = 0.0
+    queued_s: float = 0.0
+
+
 class CloudMetrics(Collector):
     """The numbers of one cloud, in a registry of their own.
 
@@ -87,6 +99,8 @@ class CloudMetrics(Collector):
         self._batch_compute = _Histogram(TIME_BOUNDS)
         self._queue = _Histogram(TIME_BOUNDS)
         self._reply = _Histogram(TIME_BOUNDS)
+        self._segments: defaultdict[int, _Sums] = defaultdict(_Sums)
+        self._points: defaultdict[int, _Sums] = defaultdict(_Sums)
         self._connections_lock = threading.Lock()
         self._connections: set[Connection] = set()
         self._sent_nbytes = 0  # of connections that are over
@@ -102,10 +116,18 @@ class CloudMetrics(Collector):
         observe = self._queue.observe
         for queued_s in batch.queued_s:
             observe(queued_s)
+        segment = self._segments[batch.segment]
+        segment.count += 1
+        segment.rows += batch.num_rows
+        segment.busy_s += ended - started
+        segment.queued_s += sum(batch.queued_s)
 
     def note_wait(self, key: tuple[int, int], point: int, started: float, ended: float) -> None:
         """A step waited for the reply of its edge between two times, in seconds."""
         self._reply.observe(ended - started)
+        replies = self._points[point]
+        replies.count += 1
+        replies.busy_s += ended - started
 
     @contextmanager
     def counting(self, connection: Connection) -> Iterator[None]:
@@ -119,6 +141,34 @@ class CloudMetrics(Collector):
                 self._connections.remove(connection)
                 self._sent_nbytes += connection.counters.sent_nbytes
                 self._received_nbytes += connection.counters.received_nbytes
+
+    def _by_place(self) -> Iterator[Metric]:
+        """What each segment and each exchange point took, so that their means can be compared."""
+        for label, places, families in (
+            (
+                "segment",
+                self._segments,
+                (
+                    ("segment_batches", "Batches of a segment.", "count"),
+                    ("segment_rows", "Positions computed in a segment.", "rows"),
+                    ("segment_compute_seconds", "Time in the engine.", "busy_s"),
+                    ("segment_queue_seconds", "Time that steps were ready before.", "queued_s"),
+                ),
+            ),
+            (
+                "point",
+                self._points,
+                (
+                    ("point_replies", "Replies to the exchanges of a point.", "count"),
+                    ("point_reply_seconds", "Time from sending z to the edge's reply.", "busy_s"),
+                ),
+            ),
+        ):
+            for name, text, field in families:
+                family = CounterMetricFamily(PREFIX + name, text, labels=[label])
+                for number, sums in sorted(places.items()):
+                    family.add_metric([str(number)], getattr(sums, field))
+                yield family
 
     def collect(self) -> Iterable[Metric]:
         """All families as they are now."""
@@ -149,6 +199,7 @@ class CloudMetrics(Collector):
             ("received_bytes", "Bytes received from edges, framing included.", received),
         ):
             yield CounterMetricFamily(PREFIX + name, text, value)
+        yield from self._by_place()
         now = self._occupancy()
         for name, text, value in (
             ("sessions", "Sessions that are open.", now.sessions),

@@ -39,7 +39,7 @@ class Completion:
                 service, request, max_tokens=request.max_tokens, logprobs=request.logprobs
             )
         self._choices: list[Answer] = []
-        for prompt in request.prompts:
+        for prompt in request.prompt:
             prompt_ids = self._prompt_ids(prompt)
             prompt_text = prompt if isinstance(prompt, str) else self._text.decode(prompt_ids)
             for number in range(request.num_choices):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 64
@@ -16,13 +16,27 @@ MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
 
 
-def _without_nul(text: str) -> str:
+def _plain(text: str) -> str:
     if "\0" in text:
         raise ValueError("text must not hold null characters")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"not valid Unicode at character {error.start + 1}: send no halves of surrogate pairs"
+        ) from error
     return text
 
 
-Text = Annotated[str, AfterValidator(_without_nul)]
+def _as_list(prompt: object) -> object:
+    """One prompt, text or token ids, becomes a list of one."""
+    if isinstance(prompt, str):
+        return [prompt]
+    is_one = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int)
+    return [prompt] if is_one else prompt
+
+
+Text = Annotated[str, AfterValidator(_plain)]
 TokenIds = list[Annotated[int, Field(ge=0, lt=2**31)]]
 StopTexts = Annotated[list[Text], Field(max_length=MAX_STOPS)]
 
@@ -163,12 +177,12 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """The body of ``/v1/completions``."""
 
-    prompt: (
-        Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[TokenIds, Field(min_length=1)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
-    )
+    prompt: Annotated[
+        list[Text | TokenIds],
+        Field(min_length=1, max_length=MAX_PROMPTS),
+        BeforeValidator(_as_list),
+    ]
+    """Each text or token ids."""
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     best_of: int | None = None
@@ -183,11 +197,3 @@ class CompletionRequest(GenerationRequest):
         if self.suffix:
             raise ValueError("suffix: filling in between two texts is not supported")
         return self
-
-    @property
-    def prompts(self) -> list[str | list[int]]:
-        """Every prompt: text, or token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        texts = [each for each in self.prompt if not isinstance(each, int)]
-        return [*texts] if texts else [[each for each in self.prompt if isinstance(each, int)]]

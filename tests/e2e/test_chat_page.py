@@ -81,6 +81,14 @@ class Watched:
             self.complaints.append(text)
 
 
+RECORD_ANNOUNCEMENTS = """() => {
+    window.announced = [];
+    const announcer = document.querySelector("#announcer");
+    new MutationObserver(() => announced.push(announcer.textContent))
+        .observe(announcer, { childList: true, characterData: true, subtree: true });
+}"""
+
+
 @contextmanager
 def opened(browser: Browser, address: str, *, width: int = 1360) -> Iterator[Watched]:
     """The page in a browser without any past."""
@@ -139,8 +147,27 @@ def test_two_turns(page: Page, stub: Stub) -> None:
     assert [role for role, _ in turns(stub.requests[1])] == ["user", "assistant", "user"]
     assert stub.requests[1]["model"] == "calm"
     assert page.evaluate("document.activeElement.id") == "message"
-    # Said once to those who listen, whole.
-    expect(page.locator("#announcer")).to_have_text("Answer: The second.")
+
+
+def test_an_answer_is_announced_once(page: Page, stub: Stub) -> None:
+    stub.answer = LONG_ANSWER
+    page.evaluate(RECORD_ANNOUNCEMENTS)
+    say(page, "Say a lot")
+    expect_answer(page, LONG_ANSWER)
+    assert page.evaluate("announced") == ["Answering", f"Answer: {LONG_ANSWER}"]
+
+
+def test_the_keyboard_skips_to_the_message(page: Page) -> None:
+    skip = page.get_by_role("link", name="Skip to the message field")
+    expect(skip).not_to_be_in_viewport()
+    skip.focus()
+    expect(skip).to_be_in_viewport()
+    page.keyboard.press("Enter")
+    expect(page.locator("#message")).to_be_focused()
+    # From there on: model, settings; the button to send needs something to send.
+    for id in ("model", "open-settings"):
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.id") == id
 
 
 def test_shift_enter_makes_a_new_line(page: Page, stub: Stub) -> None:
@@ -388,6 +415,34 @@ def test_full_storage_is_said(page: Page, stub: Stub) -> None:
     expect_answer(page, stub.answer, count=2)
 
 
+def test_conversations_are_bounded(page: Page, stub: Stub) -> None:
+    page.evaluate("""() => {
+        for (let n = 0; n < 100; n += 1) {
+            const id = `old${n}`;
+            const entry = { id, title: `Old ${n}`, updated: n, model: "calm", messages: [] };
+            localStorage.setItem(`privatelora.conversation.${id}`, JSON.stringify(entry));
+        }
+        localStorage.setItem("privatelora.conversation.broken", "{");
+    }""")
+    page.reload()
+    expect(page.locator("#conversations li")).to_have_count(100)
+    say(page, "One more")
+    expect_answer(page, stub.answer)
+    expect(page.locator("#conversations li")).to_have_count(100)
+    expect(page.locator(".notice")).to_contain_text("the oldest, “Old 0”, made room")
+
+
+def test_code_is_copied(page: Page, stub: Stub) -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    stub.answer = "```\nif a < b:\n    stop()\n```"
+    say(page, "Code, please")
+    expect(page.locator("#send")).to_be_visible()
+    button = page.locator(".code-head button")
+    button.click()
+    expect(button).to_have_text("Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == "if a < b:\n    stop()"
+
+
 def test_markdown_is_shown_and_harmless(page: Page, stub: Stub) -> None:
     stub.answer = (
         "# Title\n\nSome **bold** and *italic*, `a < b`, 2 * 3 * 4, snake_case_name.\n\n"
@@ -429,7 +484,7 @@ def test_figures_and_what_the_cloud_received(page: Page, stub: Stub) -> None:
     expect(figures.locator("#sent-totals")).to_contain_text("ExchangeReply164")
     newest = figures.locator("#sent-recent li").first
     expect(newest).to_contain_text("1 \N{MULTIPLICATION SIGN} 384 · int6 · 324 B")
-    expect(newest.locator(".mono")).to_have_text(re.compile(r"^(\S\d\.\d{3} ){8}…$"))
+    expect(newest.locator(".mono")).to_have_text(re.compile(r"^(\S\d\.\d{3} ){6}…$"))
     # A step of one token: its hidden state and four answers of the adapter.
     expect(figures.locator("#sent-chart-text")).to_have_text("1,936 B")
     expect(figures.locator("#context-text")).to_have_text("47 of 2,048 tokens")
@@ -441,6 +496,7 @@ def test_nothing_sticks_out(browser: Browser, stub: Stub, width: int) -> None:
         page = watched.page
         overflow = "document.documentElement.scrollWidth - innerWidth"
         assert page.evaluate(overflow) <= 0
+        expect(page.locator("#latest")).to_be_hidden()
         stub.answer = f"{'endless' * 60}\n\n```\n{'wide ' * 80}\n```"
         say(page, "w" * 300)
         expect(page.locator("pre")).to_be_visible()
@@ -511,7 +567,8 @@ def test_with_the_daemons(browser: Browser, deployment: Deployment) -> None:
             say(page, "And pears?")
             expect(answers(page).last.locator(".body")).to_have_text(re.compile("."))
             page.keyboard.press("Escape")
-            expect(page.locator(".note")).to_have_text("You stopped this answer.")
+            note = answers(page).last.locator(".note")
+            expect(note).to_have_text("You stopped this answer.")
             expect(answers(page).last.locator(".who")).to_have_text("base")
 
             cloud.terminate()

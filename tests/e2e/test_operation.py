@@ -79,11 +79,11 @@ def test_an_answer_under_way_comes_to_its_end(deployment: Deployment) -> None:
             assert edge.read_event()["event"] == "text"
             serving.process.terminate()
             assert serving.manager.recv(100) == b"STOPPING=1"
-            assert health(serving.metrics, "live")[0] == 200
-            assert health(serving.metrics, "ready") == (503, "this cloud is shutting down\n")
             _, refused = late.ask(LONG)
             assert refused["kind"] == "CapacityError"
             assert "this cloud is shutting down; try again later" in refused["error"]
+            assert health(serving.metrics, "live")[0] == 200
+            assert health(serving.metrics, "ready") == (503, "this cloud is shutting down\n")
             _, done = edge.read_answer()
             assert done["event"] == "done"
             assert done["figures"]["completion_tokens"] == 600

@@ -42,7 +42,7 @@ CHAT_BODIES: dict[str, tuple[Any, str | None, str]] = {
     "half a surrogate pair": (
         b'{"messages": [{"role": "user", "content": "a\\ud800"}]}',
         "messages[0].content",
-        "unicode",
+        "not valid Unicode at character 2",
     ),
     "a null character": (
         {"messages": [{"role": "user", "content": "a\0b"}]},
@@ -127,12 +127,16 @@ COMPLETION_BODIES: dict[str, tuple[Any, str | None, str]] = {
     "empty prompt": ({"prompt": ""}, "prompt", "no tokens"),
     "no prompts": ({"prompt": []}, "prompt", "at least 1 item"),
     "one prompt without tokens": ({"prompt": [[5], []]}, "prompt", "no tokens"),
-    "mixed prompts": ({"prompt": ["a", 5]}, "prompt[0]", ""),
-    "a token below 0": ({"prompt": [-1]}, "prompt[0]", ""),
+    "mixed prompts": ({"prompt": ["a", 5]}, "prompt[1]", "valid list"),
+    "a token below 0": ({"prompt": [-1]}, "prompt[0][0]", "greater than or equal to 0"),
     "a token that is not": ({"prompt": [5, 10**6]}, "prompt", "token ids lie in 0 to"),
-    "a token beyond all integers": ({"prompt": [10**40]}, "prompt[0]", ""),
+    "a token beyond all integers": ({"prompt": [10**40]}, "prompt[0][0]", "less than"),
     "too many prompts": ({"prompt": ["a"] * 65}, "prompt", "at most 64"),
-    "half a surrogate pair": (b'{"prompt": "\\udc00"}', "prompt", "unicode"),
+    "half a surrogate pair": (
+        b'{"prompt": "\\udc00"}',
+        "prompt[0]",
+        "not valid Unicode at character 1",
+    ),
     "best_of": ({"prompt": "a", "best_of": 3}, "best_of", "not supported"),
     "suffix": ({"prompt": "a", "suffix": "b"}, "suffix", "not supported"),
     "max_tokens 0 without echo": ({"prompt": "a", "max_tokens": 0}, "max_tokens", "echo"),
@@ -171,7 +175,6 @@ def _post(*headers: bytes, body: bytes = GOOD, target: bytes = b"/v1/completions
 RAW: dict[str, tuple[bytes, int]] = {
     "not HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
     "no version": (b"GET /v1/models\r\n\r\n", 400),
-    "an unknown version": (b"GET /v1/models HTTP/9.9\r\n" + HEAD + b"\r\n", 400),
     "a space in the target": (b"GET /v1/ models HTTP/1.1\r\n" + HEAD + b"\r\n", 400),
     "no host": (b"GET /v1/models HTTP/1.1\r\n\r\n", 400),
     "two hosts": (b"GET /v1/models HTTP/1.1\r\n" + HEAD * 2 + b"\r\n", 400),

@@ -115,9 +115,9 @@ async def read_reply(reader: asyncio.StreamReader) -> Reply:
         status = int(head[0].split()[1])
         if headers.get("transfer-encoding") == "chunked":
             body = b""
-            while size := int(await reader.readline(), 16):
+            while size := int(await reader.readuntil(b"\r\n"), 16):
                 body += (await reader.readexactly(size + 2))[:-2]
-            await reader.readline()
+            await reader.readuntil(b"\r\n")
         else:
             body = await reader.readexactly(int(headers["content-length"]))
     return Reply(status, headers, body)

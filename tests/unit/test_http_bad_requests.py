@@ -33,15 +33,14 @@ async def refused(client: Client, path: str, case: tuple[Any, str | None, str]) 
     body, param, message = case
     for stream in (False, True):
         if stream and isinstance(body, dict):
-            body = {**body, "stream": body.get("stream", True)}
-        reply = await client.post(path, body)
-        if stream and param == "stream_options":
+            body = {"stream": True, **body}
+        if stream and param == "stream_options":  # good in a stream
             continue
+        reply = await client.post(path, body)
         assert reply.status == 400
         error = reply.error
         assert (error["type"], error["param"]) == ("invalid_request_error", param), error
         assert message in error["message"]
-        assert error["message"].startswith(f"{param}: ") or "shorten" in message or True
 
 
 @pytest.mark.parametrize("name", CHAT_BODIES)

@@ -22,7 +22,7 @@ from privatelora.cli._app import JsonFormatter
 from privatelora.errors import CapacityError, ConfigError, ConnectError
 from privatelora.runtime.cloud_service import CloudService
 from privatelora.runtime.generation import Context
-from privatelora.runtime.telemetry import CloudMetrics, Occupancy
+from privatelora.runtime.telemetry import PREFIX, CloudMetrics, Occupancy
 from privatelora.runtime.telemetry_server import serving_metrics
 from privatelora.runtime.trace import MAX_BATCHES, MAX_WAITS, Trace
 from tests.unit.world import ROOMY, World, serving, world
@@ -79,6 +79,21 @@ async def test_the_numbers_add_up() -> None:
         assert seen[f"{name}_count"] == batches
     for name in ("batch_compute", "queue", "reply"):
         assert seen[f"{name}_seconds_sum"] > 0
+    for name, whole in (
+        ("segment_batches_total", "batches_total"),
+        ("segment_rows_total", "rows_total"),
+        ("segment_compute_seconds_total", "batch_compute_seconds_sum"),
+        ("segment_queue_seconds_total", "queue_seconds_sum"),
+        ("point_replies_total", "reply_seconds_count"),
+        ("point_reply_seconds_total", "reply_seconds_sum"),
+    ):
+        label = name.partition("_")[0]
+        of = service.metrics.registry
+        places = range(num_points + 1) if label == "segment" else split.plan.wire_points
+        numbers = [place if isinstance(place, int) else place.index for place in places]
+        parts = [of.get_sample_value(PREFIX + name, {label: str(number)}) for number in numbers]
+        assert None not in parts
+        assert sum(filter(None, parts)) == pytest.approx(seen[whole])
     assert (seen["sessions"], seen["waiting_sessions"]) == (NUM_SESSIONS, 0)
     blocks_each = -(-(len(PROMPT) + NUM_DECODED) // 16)
     assert seen["kv_blocks_used"] == NUM_SESSIONS * blocks_each

@@ -18,6 +18,7 @@ from privatelora.partition.models.config import DecoderConfig
 from privatelora.partition.models.families import from_hf_config, tensor_names
 from privatelora.partition.plan import Plan, Target
 from privatelora.partition.plan_file import make_plan
+from privatelora.runtime.client_tokens import Tokens
 from privatelora.runtime.cloud_link import CloudLink, LinkSettings
 from privatelora.runtime.cloud_service import CloudLimits, CloudService
 from privatelora.runtime.codecs import CodecPreferences, Codecs
@@ -105,12 +106,17 @@ class World:
         engine = self.engine(dtype=dtype, device=device)
         return UnsplitModel(Ends(self.config, tensors), engine, self.matrices())
 
-    def service(self, limits: CloudLimits = ROOMY, trace: Trace | None = None) -> CloudService:
+    def service(
+        self,
+        limits: CloudLimits = ROOMY,
+        trace: Trace | None = None,
+        tokens: Tokens | None = None,
+    ) -> CloudService:
         plan = self.plan
         engine = Engine(
             self.config, plan, plan.cloud_layers, self.shard("cloud"), CPU, torch.float32
         )
-        return CloudService(engine, plan, PRINTS, limits, trace)
+        return CloudService(engine, plan, PRINTS, limits, trace, tokens=tokens)
 
     def split(
         self,

@@ -51,6 +51,7 @@ export class Answers {
         const choice = chunk.choices?.[0];
         answer.content += choice?.delta?.content ?? "";
         if (choice?.finish_reason === "length") state = "length";
+        answer.model ??= chunk.model;
         if (chunk.privatelora) answer.figures = chunk.privatelora;
         this.on.grown(conversation, answer);
         if (Date.now() - saved > SAVE_EVERY_MS) {

@@ -42,12 +42,13 @@ const KINDS = {
   rate_limit_exceeded: "busy",
   cloud_unreachable: "cloud",
   cloud_timeout: "cloud",
+  shutting_down: "edge",
 };
 
 /** By the error's code, which an error inside a stream has too, or else by the status. */
 function kindOf(status, code) {
   if (KINDS[code]) return KINDS[code];
-  if (status === 401 || status === 403) return "key";
+  if (status === 401) return "key";
   if (status === 413) return "too-long";
   return status === 429 ? "busy" : "other";
 }

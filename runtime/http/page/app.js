@@ -285,6 +285,8 @@ async function askStatus() {
   }
   showLink(status, null);
   drawFigures();
+  // Other programs use this edge too.
+  sentPoll.now();
   if (!models.length) await loadModels();
 }
 
@@ -325,7 +327,7 @@ for (const example of EXAMPLES) {
 }
 document.querySelector(".skip").addEventListener("click", (event) => {
   event.preventDefault();
-  composer.focus();
+  byId("message").focus();
 });
 figuresDrawer.listeners.push(() => sentPoll.now());
 

@@ -31,8 +31,9 @@ export class Composer {
     this.fit();
   }
 
+  /** Go on writing, unless that brings up a keyboard on the screen. */
   focus() {
-    this.field.focus();
+    if (!this.touch.matches) this.field.focus();
   }
 
   onKey(event) {

@@ -3,12 +3,19 @@
 import { apiKey, setApiKey } from "./api.js";
 import { byId } from "./dom.js";
 
-/** Open a dialogue; its button's value once it is closed ("" for Esc). */
+/** Open a dialogue; the value of the button that closes it ("" for Esc). */
 function opened(dialog) {
-  dialog.returnValue = "";
   dialog.showModal();
   return new Promise((resolve) => {
-    dialog.addEventListener("close", () => resolve(dialog.returnValue), { once: true });
+    const heard = new AbortController();
+    const close = (value) => {
+      heard.abort();
+      resolve(value);
+    };
+    const { signal } = heard;
+    // "close" comes some time after the dialogue is gone, "submit" at once.
+    dialog.addEventListener("submit", (event) => close(event.submitter?.value ?? "save"), { signal });
+    dialog.addEventListener("close", () => close(""), { signal });
   });
 }
 

@@ -27,6 +27,8 @@ export function bytes(value) {
 /** A number of a tensor: short, its sign always shown so that columns stand still. */
 export function activation(value) {
   if (!Number.isFinite(value)) return "·";
-  const digits = Math.abs(value) < 10 ? 3 : Math.abs(value) < 100 ? 2 : 1;
-  return `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)}`;
+  const size = Math.abs(value);
+  const digits = size < 10 ? 3 : size < 100 ? 2 : 1;
+  const text = size > 0 && size < 0.0005 ? size.toExponential(0) : size.toFixed(digits);
+  return `${value < 0 ? "−" : "+"}${text}`;
 }

@@ -6,12 +6,14 @@ import { activation, bytes, whole } from "./numbers.js";
 const MAX_KEPT = 2048;
 const MAX_SHOWN = 40;
 const MAX_BARS = 40;
+const MAX_NUMBERS = 6; // fit a line
 const MEANINGS = {
   Hello: "versions and limits",
   OpenSession: "room for a conversation",
   StepBegin: "a token's hidden state",
   ExchangeReply: "what the adapter answers",
   CloseSession: "the conversation is over",
+  Ping: "how long is the way?",
 };
 
 /**
@@ -109,7 +111,7 @@ export class SentView {
 function row(message) {
   const shape = message.rows > 0 ? `${message.rows} × ${message.features}` : "no numbers";
   const facts = [shape, message.codec, bytes(message.nbytes)].filter(Boolean).join(" · ");
-  const numbers = message.numbers ?? [];
+  const numbers = (message.numbers ?? []).slice(0, MAX_NUMBERS);
   return el(
     "li",
     {},

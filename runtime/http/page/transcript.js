@@ -41,9 +41,8 @@ class MessageView {
     this.foot = el("div", { class: "foot" });
     this.markdown = message.role === "assistant" ? new MarkdownView(this.body) : null;
     this.element = el("article", { class: `message ${message.role}`, "data-id": message.id });
-    if (this.markdown) this.element.append(el("p", { class: "who" }, message.model ?? "Answer"));
-    this.element.append(this.body, this.foot);
-    this.element.setAttribute("aria-label", this.markdown ? `Answer of ${message.model}` : "You");
+    this.who = this.markdown && el("p", { class: "who" });
+    this.element.append(...[this.who, this.body, this.foot].filter(Boolean));
     this.editing = false;
   }
 
@@ -62,6 +61,9 @@ class MessageView {
     if (this.editing) return;
     this.element.classList.toggle("streaming", this.streaming);
     this.element.setAttribute("aria-busy", String(this.streaming));
+    const name = this.message.model ?? "the model";
+    this.element.setAttribute("aria-label", this.markdown ? `Answer of ${name}` : "You");
+    if (this.who) this.who.textContent = this.message.model ?? "Answer";
     this.updateText();
     // Drawn anew only if it changes: a button that has the focus keeps it.
     const key = JSON.stringify([this.message.state, this.message.error, isLast, isLastQuestion, busy]);
@@ -83,7 +85,8 @@ class MessageView {
     const { state, error, content, figures } = this.message;
     if (this.streaming) return [];
     const parts = [];
-    if (NOTES[state]) parts.push(el("p", { class: "note" }, NOTES[state]));
+    const note = state === "done" && !content ? "The model answered without a word." : NOTES[state];
+    if (note) parts.push(el("p", { class: "note" }, note));
     if (error) parts.push(this.errorLine(error, isLast && !busy));
     const actions = el("div", { class: "actions" });
     if (figures?.completion_tokens) actions.append(el("span", { class: "took" }, tookText(figures)));
@@ -192,7 +195,7 @@ export class Transcript {
     let model = null;
     for (const message of messages) {
       if (message.role === "assistant") {
-        if (model !== null && message.model !== model) wanted.push(this.marker(message));
+        if (model && message.model !== model) wanted.push(this.marker(message));
         model = message.model;
       }
       let view = this.views.get(message.id);
@@ -201,12 +204,15 @@ export class Transcript {
       view.update({ isLast: message === messages.at(-1), isLastQuestion: message === lastQuestion, busy });
       wanted.push(view.element);
     }
-    if (model !== null && conversation.model !== model && !busy) {
+    if (model && conversation.model !== model && !busy) {
       wanted.push(el("p", { class: "marker" }, el("span", {}, `From here on: ${conversation.model}`)));
     }
     this.place(wanted);
-    if (changed && !messages.length) this.scroller.scrollTop = 0;
-    else if (changed) this.scrollToEnd();
+    if (!messages.length) {
+      this.scroller.scrollTop = 0;
+      this.noteScroll();
+      this.follows = true;
+    } else if (changed) this.scrollToEnd();
     else this.follow();
   }
 
@@ -241,7 +247,7 @@ export class Transcript {
   noteScroll() {
     const { scrollTop, scrollHeight, clientHeight } = this.scroller;
     this.follows = scrollHeight - scrollTop - clientHeight < 80;
-    this.latest.hidden = this.follows;
+    this.latest.hidden = this.follows || !this.views.size;
   }
 
   follow() {
