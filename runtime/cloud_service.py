@@ -28,7 +28,7 @@ from privatelora.errors import (
     TransportError,
 )
 from privatelora.partition.plan import Plan
-from privatelora.runtime.batch_runner import BatchRunner
+from privatelora.runtime.batch_runner import BatchRunner, Observer
 from privatelora.runtime.client_accounts import ClientAccounts, ClientLimits
 from privatelora.runtime.client_tokens import Tokens, identify
 from privatelora.runtime.cloud_peer import CloudPeer, Session
@@ -36,7 +36,6 @@ from privatelora.runtime.engine import Engine
 from privatelora.runtime.payload.codec import CODEC_NAMES
 from privatelora.runtime.scheduler import Scheduler
 from privatelora.runtime.telemetry import CloudMetrics, Occupancy
-from privatelora.runtime.trace import Trace
 from privatelora.runtime.wire.messages import Fingerprints, Hello, OpenSession, Role
 from privatelora.transports.base import Connection
 
@@ -85,7 +84,7 @@ class CloudService:
         plan: Plan,
         fingerprints: Fingerprints,
         limits: CloudLimits,
-        trace: Trace | None = None,
+        observer: Observer | None = None,
         make_scheduler: Callable[..., Scheduler] = Scheduler,
         tokens: Tokens | None = None,
     ) -> None:
@@ -112,7 +111,7 @@ class CloudService:
             num_segments=len(plan.wire_points) + 1, max_batch_rows=limits.max_batch_rows
         )
         self.metrics = CloudMetrics(self._occupancy)
-        observers = (self.metrics,) if trace is None else (self.metrics, trace)
+        observers = (self.metrics,) if observer is None else (self.metrics, observer)
         self.runner = BatchRunner(engine, scheduler, observers)
         self._pool = engine.new_pool(limits.max_cached_positions)
         self._tokens = tokens

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +21,7 @@ from privatelora.cli._daemons import Daemon, num_threads_beside_another
 if TYPE_CHECKING:
     from privatelora.partition.manifest import Manifest
 
-EXAMPLE = "Example: privatelora demo --json figures.json"
+EXAMPLE = "Example: privatelora demo --json figures.json\n\nprivatelora demo --serve"
 
 QUESTIONS = (
     "What is the capital of France, and what is it known for?",
@@ -42,6 +44,8 @@ adapter: adapter.safetensors
 num_threads: {num_threads}
 spin_us: 5000
 payload: fp16  # on one machine bytes cost nothing; the default is for networks
+http:
+  listen: 127.0.0.1:{port}
 """
 
 
@@ -60,6 +64,12 @@ def demo(
     every: Annotated[
         int, typer.Option(min=1, help="Layers per exchange point; 1 is the paper's arrangement.")
     ] = 1,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Keep both running, with a chat page, until Ctrl-C.")
+    ] = False,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Of the chat page; 0 is any free one.")
+    ] = 18231,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 96,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there too.")
@@ -77,8 +87,11 @@ def demo(
         address = cloud.read_line().removeprefix("ready ").strip()
         console.print(f"cloud: process {cloud.pid}, listening on {address}")
         edge_yaml.write_text(
-            EDGE_YAML.format(file=edge_yaml, address=address, num_threads=num_threads)
+            EDGE_YAML.format(file=edge_yaml, address=address, num_threads=num_threads, port=port)
         )
+        if serve:
+            _serve(edge_yaml, console)
+            return
         with Daemon("privatelora.cli.edge", edge_yaml, "--lines") as edge:
             edge.read_event("ready")
             console.print(f"edge:  process {edge.pid}, connected\n")
@@ -87,6 +100,19 @@ def demo(
     _show(result, console)
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _serve(edge_yaml: Path, console: Console) -> None:
+    """Run an edge with its chat page and API until Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the daemons would stay
+    with Daemon("privatelora.cli.edge", edge_yaml) as edge:
+        url = edge.read_line().removeprefix("ready ").strip()
+        console.print(f"edge:  process {edge.pid}, connected\n")
+        console.print(f"Chat page:         {url}/")
+        console.print(f"OpenAI-compatible: {url}/v1 (any key)")
+        console.print("\nCtrl-C ends both.")
+        with suppress(KeyboardInterrupt):
+            signal.pause()
 
 
 def _prepare(model: str, place: Path, every: int, console: Console) -> dict[str, Any]:

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 TASK = "common_things"
 FOLDER = Path(__file__).parent / "lm_eval_task"
 ITEMS = FOLDER / f"{TASK}.jsonl"
@@ -59,11 +61,10 @@ def main() -> None:
     """Evaluate and print one line."""
     import lm_eval
     from lm_eval.tasks import TaskManager
-    from lm_eval.utils import load_yaml_config
 
     kind, *arguments = sys.argv[1:]
     model = (edge_model if kind == "edge" else transformers_model)(*arguments)
-    task = load_yaml_config(str(FOLDER / f"{TASK}.yaml"))
+    task = yaml.safe_load((FOLDER / f"{TASK}.yaml").read_text())
     task["dataset_kwargs"] = {"data_files": {"test": str(ITEMS)}}
     found: Any = lm_eval.simple_evaluate(
         model=model, tasks=[task], task_manager=TaskManager(include_defaults=False)

@@ -75,6 +75,10 @@ class Process:
         return os.pread(self._stderr.fileno(), size, 0).decode()
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def is_running(self) -> bool:
         return self._process.poll() is None
 

@@ -484,7 +484,7 @@ def test_figures_and_what_the_cloud_received(page: Page, stub: Stub) -> None:
     expect(figures.locator("#sent-totals")).to_contain_text("ExchangeReply164")
     newest = figures.locator("#sent-recent li").first
     expect(newest).to_contain_text("1 \N{MULTIPLICATION SIGN} 384 · int6 · 324 B")
-    expect(newest.locator(".mono")).to_have_text(re.compile(r"^(\S\d\.\d{3} ){6}…$"))
+    expect(newest.locator(".mono")).to_have_text(re.compile(r"^(\S\d\.\d{3} ){5}…$"))
     # A step of one token: its hidden state and four answers of the adapter.
     expect(figures.locator("#sent-chart-text")).to_have_text("1,936 B")
     expect(figures.locator("#context-text")).to_have_text("47 of 2,048 tokens")

@@ -54,29 +54,34 @@ class Recorder:
 @asynccontextmanager
 async def flooding(model: SplitModel, num_decoding: int, num_prompting: int) -> AsyncIterator[None]:
     """Sessions that decode without end, and such that send one long prompt after the other."""
-    num_done = 0
+    num_sessions, num_done = num_decoding + num_prompting, 0
+    is_under_way = asyncio.Event()
+
+    def note_done() -> None:
+        nonlocal num_done
+        num_done += 1
+        if num_done >= 3 * num_sessions:  # all have their place
+            is_under_way.set()
 
     async def decode() -> None:
-        nonlocal num_done
         context = await Context.open(model, LENGTH)
         while True:
             for end in range(3, LENGTH):
                 await context.advance([*range(3, 3 + end)])
-                num_done += 1
+                note_done()
 
     async def prompt(number: int) -> None:
-        nonlocal num_done
         for turn in itertools.count():
             context = await Context.open(model, LENGTH)
             await context.advance([3 + (number + turn + 7 * i) % 90 for i in range(LENGTH)])
             await context.aclose()
-            num_done += 1
+            note_done()
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(decode()) for _ in range(num_decoding)]
         tasks += [group.create_task(prompt(number)) for number in range(num_prompting)]
-        while num_done < 3 * len(tasks):  # until all have their place
-            await asyncio.sleep(0)
+        if tasks:
+            await is_under_way.wait()
         yield
         for task in tasks:
             task.cancel()
@@ -85,7 +90,7 @@ async def flooding(model: SplitModel, num_decoding: int, num_prompting: int) -> 
 async def batches_per_token(num_decoding: int, num_prompting: int, tokens: Tokens | None) -> float:
     """How many batches run from one token of the quiet client to the next, on average."""
     split, recorder = world(), Recorder()
-    service = split.service(LIMITS, observer=recorder, tokens=tokens)
+    service = split.service(LIMITS, recorder, tokens)
     async with serving(service.handle) as address:
         quiet = split.split(address, token=QUIET)
         flood = split.split(address, token=FLOOD, max_step_positions=8)

@@ -18,6 +18,7 @@ from privatelora.partition.models.config import DecoderConfig
 from privatelora.partition.models.families import from_hf_config, tensor_names
 from privatelora.partition.plan import Plan, Target
 from privatelora.partition.plan_file import make_plan
+from privatelora.runtime.batch_runner import Observer
 from privatelora.runtime.client_tokens import Tokens
 from privatelora.runtime.cloud_link import CloudLink, LinkSettings
 from privatelora.runtime.cloud_service import CloudLimits, CloudService
@@ -26,7 +27,6 @@ from privatelora.runtime.engine import Engine
 from privatelora.runtime.exchange import PrivateMatrices
 from privatelora.runtime.language_model import Ends, LanguageModel, UnsplitModel
 from privatelora.runtime.split_model import CloudAccess, EdgeParts, SplitModel
-from privatelora.runtime.trace import Trace
 from privatelora.runtime.wire.messages import Fingerprints
 from privatelora.transports.base import Handler, Limits
 from privatelora.transports.registry import listen
@@ -109,7 +109,7 @@ class World:
     def service(
         self,
         limits: CloudLimits = ROOMY,
-        trace: Trace | None = None,
+        trace: Observer | None = None,
         tokens: Tokens | None = None,
     ) -> CloudService:
         plan = self.plan

@@ -6,7 +6,7 @@ import { activation, bytes, whole } from "./numbers.js";
 const MAX_KEPT = 2048;
 const MAX_SHOWN = 40;
 const MAX_BARS = 40;
-const MAX_NUMBERS = 6; // fit a line
+const MAX_NUMBERS = 5; // fit a line
 const MEANINGS = {
   Hello: "versions and limits",
   OpenSession: "room for a conversation",
