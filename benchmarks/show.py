@@ -253,6 +253,24 @@ def turns_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def http_table(result: dict[str, Any]) -> Table:
+    """Of ``measure_http``."""
+    table = Table(title="The same edge's answers over HTTP and without it, median (min-max)")
+    for heading in ("RTT", "", "tokens/s", "first token after", "of the generator"):
+        table.add_column(heading, no_wrap=True)
+    for row in result["rows"]:
+        for name, label in (("direct", "generator"), ("http", "HTTP")):
+            figures = row[name]
+            table.add_row(
+                f"{row['rtt_ms']:g} ms",
+                label,
+                spread(figures["tokens_per_s"]),
+                f"{spread(figures['time_to_first_token_s'])} s",
+                spread(row["ratio"]) if name == "http" else "",
+            )
+    return table
+
+
 def quality_table(result: dict[str, Any]) -> Table:
     """Of ``measure_quality``."""
     base, settings = result["base_model"], result["settings"]

@@ -7,6 +7,7 @@ import contextlib
 from typing import Protocol
 
 from privatelora.errors import (
+    CapacityError,
     ConnectionClosed,
     PrivateLoRAError,
     RemoteProtocolError,
@@ -146,8 +147,8 @@ class LinkSession:
 
     def _ask(self, step_id: int, message: Message, step: LinkStep) -> None:
         self._link.require_open()
-        if isinstance(self.failure, SessionEvicted):
-            raise again(self.failure)  # which the caller can mend
+        if isinstance(self.failure, CapacityError):
+            raise again(self.failure)  # which the caller can mend, or try again
         if self.failure is not None:
             raise ConnectionClosed(f"the sequence has ended: {self.failure}")
         self.in_flight[step_id] = step  # now, for the cloud may answer before the send returns

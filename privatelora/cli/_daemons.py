@@ -30,14 +30,13 @@ class Daemon:
     def __init__(
         self,
         module: str,
-        config: Path,
-        *arguments: str,
+        *arguments: Path | str,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Start ``python -m module config arguments``, ``environment`` added to this one's."""
+        """Start ``python -m module arguments``, ``environment`` added to this one's."""
         self._name = module.rpartition(".")[2]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, str(config), *arguments],
+            [sys.executable, "-m", module, *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

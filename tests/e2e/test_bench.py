@@ -118,6 +118,17 @@ def test_serve_compares_schedulings(commands: Commands, tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").read_bytes().startswith(PNG)
 
 
+def test_http(commands: Commands, tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "model", vocab_size=1200, hidden_size=128)
+    arguments = ("--model", model, "--rounds", 2, "--tokens", 12, "--rtt-ms", "0")
+    content = result(commands, tmp_path, "http", *arguments)
+    [row] = content["rows"]
+    runs = {name: row[name]["tokens_per_s"]["runs"] for name in ("direct", "http")}
+    assert [len(rates) for rates in runs.values()] == [2, 2]
+    ratios = sorted(a / b for a, b in zip(runs["http"], runs["direct"], strict=True))
+    assert [row["ratio"]["min"], row["ratio"]["max"]] == ratios
+
+
 def test_options_that_make_no_sense(commands: Commands, tmp_path: Path) -> None:
     for arguments, said in (
         (("transport", "--transports", "pigeon"), "no transport 'pigeon' to measure; choose from"),

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
@@ -530,7 +531,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Deployment:
 def test_with_the_daemons(browser: Browser, deployment: Deployment) -> None:
     """Two models, a long answer stopped, and a cloud that goes and comes back."""
     (deployment.directory / "key").write_text("secret\n")
-    config = {
+    config: dict[str, Any] = {
         "adapter": None,
         "adapters": {"calm": "adapter.safetensors"},
         "max_positions": 4096,

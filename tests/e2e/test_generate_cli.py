@@ -139,6 +139,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "bench situations": (BENCH, "situations"),
     "bench quality": (BENCH, "quality"),
     "bench turns": (BENCH, "turns"),
+    "bench http": (BENCH, "http"),
     "bench emulator": (BENCH, "emulator"),
 }
 
