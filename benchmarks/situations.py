@@ -1,15 +1,20 @@
-"""What single sessions do to the others on one cloud: a far edge, a long prompt.
+"""What single sessions do to the others on one cloud: a far edge, a long prompt, a flood.
 
 Method. As ``serve.py``. A straggler: 15 sessions decode at 5 ms, and one more of an edge that is
 500 ms away; compared with the same where that one is near too. A long prompt: 8 sessions decode
 at 20 ms when a prompt of 2,000 tokens arrives at the same distance, in chunks or in one; their
-largest gap between two tokens before and after it arrives, and its time to first token.
+largest gap between two tokens before and after it arrives, and its time to first token. A flood:
+one session of a client decodes at 5 ms, first alone, then while another client, known by a token
+of its own, decodes in 15 sessions and sends one long prompt after the other, then alone again.
+The fair share between two clients is a half of the engine's time.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from privatelora.benchmarks.measure import machine_facts
@@ -23,16 +28,22 @@ from privatelora.benchmarks.serve import (
     serving,
     summarise,
     token_times,
+    write_settings,
 )
+from privatelora.cli._daemons import Daemon
+from privatelora.runtime.client_tokens import digest, new_token
 
 LONG_PROMPT = 2000
 ARRIVES_AFTER_S = 10.0
 """By then the others have decoded a dozen tokens, and have most still before them."""
 STRAGGLER_MS = 500.0
+FLOOD_SESSIONS = 15
+FLOOD_TOKENS, FLOOD_PROMPTS = 1500, 200
+"""More than the quiet session needs time for."""
 
 
 def measure_situations(settings: ServeSettings, report: Report) -> dict[str, Any]:
-    """What one far edge, and what one long prompt, costs the others."""
+    """What one far edge, one long prompt, and one client's flood cost the others."""
     report("splitting the model")
     round_trips = prepare(settings)
     with serving(settings) as address:
@@ -44,6 +55,7 @@ def measure_situations(settings: ServeSettings, report: Report) -> dict[str, Any
             name: _long_prompt(settings, address, chunk, report)
             for name, chunk in (("chunks of 64", 64), ("one chunk", LONG_PROMPT))
         }
+    flood = _flood(settings, report)
     return {
         "benchmark": "situations",
         "machine": machine_facts(),
@@ -51,6 +63,7 @@ def measure_situations(settings: ServeSettings, report: Report) -> dict[str, Any
         "round_trips_per_token": round_trips,
         "straggler": straggler,
         "long_prompt": prompts,
+        "flood": flood,
     }
 
 
@@ -99,3 +112,51 @@ def _long_prompt(
         "largest_gap_before_ms": gaps["before"],
         "largest_gap_after_ms": gaps["after"],
     }
+
+
+def _flood(settings: ServeSettings, report: Report) -> dict[str, float]:
+    """One session of a quiet client: its tokens/s alone, and while another client floods."""
+    tokens = {name: new_token() for name in ("quiet", "flood")}
+    for name, token in tokens.items():
+        (settings.directory / f"{name}.token").write_text(token)
+    digests = {name: digest(token) for name, token in tokens.items()}
+    write_settings(settings.directory / "tokens.yaml", digests)
+    most_positions = (FLOOD_SESSIONS + 1) * (FLOOD_TOKENS + 64) + 2 * LONG_PROMPT
+    with (
+        serving(
+            settings,
+            tokens="tokens.yaml",
+            max_sessions=FLOOD_SESSIONS + 2,
+            max_cached_positions=most_positions,
+        ) as address,
+        connected_edges(settings, address, [5.0], token={"file": "quiet.token"}) as quiet,
+    ):
+        alone = [_tokens_per_s(settings, quiet[0], report, "alone")]
+        with _flooding(settings, address):
+            during = _tokens_per_s(settings, quiet[0], report, "while another client floods")
+        alone.append(_tokens_per_s(settings, quiet[0], report, "alone again"))
+    mean_alone = sum(alone) / len(alone)
+    return {
+        "alone_tokens_per_s": mean_alone,
+        "during_tokens_per_s": during,
+        "ratio": during / mean_alone,
+        "fair_share": 0.5,
+    }
+
+
+@contextmanager
+def _flooding(settings: ServeSettings, address: str) -> Iterator[None]:
+    """A client of two edges that asks for far more than its share."""
+    changes = {"token": {"file": "flood.token"}, "max_positions": 4096}
+    with connected_edges(settings, address, [5.0, 5.0], **changes) as (decoding, prompting):
+        ask(decoding, FLOOD_SESSIONS, settings.prompt_tokens, FLOOD_TOKENS)
+        for _ in range(FLOOD_PROMPTS):
+            ask(prompting, 1, LONG_PROMPT, 1)
+        time.sleep(ARRIVES_AFTER_S)
+        yield
+
+
+def _tokens_per_s(settings: ServeSettings, edge: Daemon, report: Report, when: str) -> float:
+    report(f"1 session at 5 ms, {when}")
+    ask(edge, 1, settings.prompt_tokens, settings.tokens)
+    return summarise(token_times([edge]))["aggregate_tokens_per_s"]

@@ -44,7 +44,7 @@ from privatelora.runtime.wire.messages import (
     StepBegin,
     StepEnd,
 )
-from privatelora.runtime.wire.prelude import WireLimits
+from privatelora.runtime.wire.prelude import MAX_PINGS, MAX_SESSIONS, MAX_STEPS, WireLimits
 from privatelora.runtime.wire.state import WireConnection
 from privatelora.transports.base import Connection
 
@@ -57,6 +57,9 @@ HELLO_TIMEOUT_S = 10.0
 GOODBYE_TIMEOUT_S = 5.0
 MAX_FRAMES_AT_ONCE = 64
 """Frames taken from one edge before others have a turn."""
+MAX_UNREAD = MAX_SESSIONS * (MAX_STEPS + 1) + MAX_PINGS
+"""More than can wait for an edge that hears its answers before it asks on: one for each step in
+flight, each session and each ping."""
 
 
 @dataclass
@@ -175,6 +178,10 @@ class CloudPeer:
     def _take_frame(self, frame: memoryview) -> bool:
         """Act on one frame; return whether the edge has said its last word."""
         message = self._wire.receive(frame)
+        if self._outbox.num_waiting > MAX_UNREAD:
+            raise RemoteProtocolError(
+                f"it does not read: {self._outbox.num_waiting} messages wait for it"
+            )
         match message:
             case ErrorReply(session_id=None):
                 logger.warning("%s reports: %s", self.name, message.message)

@@ -34,13 +34,13 @@ class JsonConstraint:
     ) -> None:
         """``vocab_size``: of the model. Raises RequestError if the schema cannot be followed."""
         try:
-            text = json.dumps(schema, allow_nan=False)
-            text.encode()
+            grammar = LLMatcher.grammar_from_json_schema(
+                json.dumps(schema, allow_nan=False), overrides={"whitespace_pattern": WHITESPACE}
+            )
         except (ValueError, RecursionError) as error:
-            raise RequestError("json_schema: it is nested too deeply, or no JSON") from error
-        grammar = LLMatcher.grammar_from_json_schema(
-            text, overrides={"whitespace_pattern": WHITESPACE}
-        )
+            raise RequestError(
+                "json_schema: it is nested too deeply, or holds what JSON has no form for"
+            ) from error
         self._matcher = LLMatcher(_token_table(tokenizer, vocab_size, eos_ids), grammar)
         self._check()
 

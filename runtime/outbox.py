@@ -7,6 +7,7 @@ import logging
 import types
 from collections import deque
 from collections.abc import Coroutine, Generator
+from functools import partial
 from typing import Any
 
 from privatelora.errors import TransportError
@@ -44,6 +45,12 @@ class Outbox:
             self._drop(error)
             return
         self._sender = asyncio.create_task(self._send_rest(sending, waits_for))
+        self._sender.add_done_callback(partial(self._sent, sending))
+
+    @property
+    def num_waiting(self) -> int:
+        """Frames that wait behind one that the transport is sending."""
+        return len(self._waiting)
 
     async def aclose(self) -> None:
         """Wait until everything was sent, or the connection broke."""
@@ -64,6 +71,12 @@ class Outbox:
         except TransportError as error:
             self._drop(error)
         finally:
+            self._sender = None
+
+    def _sent(self, sending: Coroutine[Any, Any, None], sender: asyncio.Task[None]) -> None:
+        """A task that was cancelled before it began has not closed what it was to go on with."""
+        sending.close()
+        if self._sender is sender:
             self._sender = None
 
     def _drop(self, error: TransportError) -> None:

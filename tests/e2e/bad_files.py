@@ -209,6 +209,60 @@ for _kind in ("cloud", "edge"):
         partial(_without_settings, kind=_kind),
     )
 
+# Tokens.
+
+
+def _tokens(bench: Bench, text: str) -> Seen:
+    path = bench.fresh() / "tokens.yaml"
+    path.write_text(text)
+    return bench.serve(bench.good.cloud_yaml("tokens-cloud.yaml", tokens=str(path)))
+
+
+for _name, _text, _printed in (
+    ("without any", "", "0 tokens; 1 to 10000 are possible, and privatelora keys token NAME makes"),
+    ("that is a list", "- alice", "expected keys and values, such as 'alice: ...'"),
+    ("with a token itself", f"alice: {'t' * 43}", "alice: not a SHA-256 digest of 64 lower-case"),
+    ("with a name of blanks", f"al ice: {'a' * 64}", "'al ice' cannot name a client; use up to 64"),
+    ("with one token twice", f"a: {'a' * 64}\nb: {'a' * 64}", "a and b have the same token"),
+):
+    CASES.add(f"tokens file {_name}", _printed, partial(_tokens, text=_text))
+CASES.add(
+    "tokens file that does not exist",
+    "cannot read nowhere.yaml: No such file or directory",
+    lambda b: b.serve(
+        b.good.cloud_yaml("no-tokens.yaml", tokens=str(b.directory / "nowhere.yaml"))
+    ),
+)
+
+
+def _token(bench: Bench, text: str, cloud: str) -> Seen:
+    path = bench.fresh() / "alice.token"
+    path.write_text(text)
+    return bench.edge_at(cloud, token={"file": str(path)})
+
+
+for _name, _text, _cloud, _printed in (
+    (
+        "to a far cloud in the clear",
+        "t",
+        "tcp://192.0.2.7:1",
+        "would go to tcp://192.0.2.7:1 unenc",
+    ),
+    ("that is empty", "\n", "tls://192.0.2.7:1", "there is no secret in"),
+    ("of two words", "a b", "tls://192.0.2.7:1", "token is not 1 to 256 printable ASCII"),
+):
+    CASES.add(f"edge with a token {_name}", _printed, partial(_token, text=_text, cloud=_cloud))
+CASES.add(
+    "edge with a token from nowhere",
+    "cannot read the secret in nowhere.token: No such file or directory",
+    lambda b: b.edge_at(b.address, token={"file": str(b.directory / "nowhere.token")}),
+)
+CASES.add(
+    "edge with the token in its settings",
+    "token: Input should be a valid dictionary",
+    lambda b: b.edge_at(b.address, token="t" * 43),
+)
+
 # Addresses.
 
 CASES.add(

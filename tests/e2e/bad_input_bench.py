@@ -157,7 +157,8 @@ class Bench:
 
     def serve_good_edge(self) -> None:
         """An edge as it should be gets its answer."""
-        result = self.commands.run(EDGE, "--lines", self.good.edge_yaml(self.address), stdin=REQUEST)
+        config = self.good.edge_yaml(self.address)
+        result = self.commands.run(EDGE, "--lines", config, stdin=REQUEST)
         assert (result.code, result.err) == (0, "")
         assert '"event": "done"' in result.out
         assert self.cloud.is_running

@@ -119,7 +119,7 @@ def test_serve_compares_schedulings(commands: Commands, tmp_path: Path) -> None:
 
 
 def test_http(commands: Commands, tmp_path: Path) -> None:
-    model = save_tiny("llama", tmp_path / "model", vocab_size=1200, hidden_size=128)
+    model = save_tiny("llama", tmp_path / "model", hidden_size=256)
     arguments = ("--model", model, "--rounds", 2, "--tokens", 12, "--rtt-ms", "0")
     content = result(commands, tmp_path, "http", *arguments)
     [row] = content["rows"]

@@ -14,7 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.e2e.deployment import tiny_deployment
+from privatelora.runtime.client_tokens import digest
+from privatelora.runtime.kv_cache import BLOCK_SIZE
+from tests.e2e.deployment import tiny_deployment, write_yaml
 from tests.e2e.processes import EDGE, PATIENCE_S, SERVE, Process
 from tests.e2e.test_daemons import World
 from tests.partition.tiny import tiny_tokenizer
@@ -22,8 +24,6 @@ from tests.partition.tiny import tiny_tokenizer
 NUM_EDGES, CONVERSATIONS_EACH, NUM_TURNS, ANSWER_TOKENS = 3, 8, 3, 12
 MAX_CACHED_POSITIONS = 768
 MAX_GROWTH_NBYTES = 64 * 2**20
-TOKEN = "t" * 43
-QUESTION = {"prompt": "How many apples has she?", "sampling": {"max_tokens": 4}}
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,6 @@ def test_everybody_is_served_within_the_limits(world: World) -> None:
                 one.result()
         watch.look()
 
-    print(watch.last, watch.most, watch.most_nbytes-watch.first_nbytes)
     for number, conversation in enumerate(conversations):
         assert conversation.answers == expected_answers(world, number)
     assert watch.most["waiting_sessions"] > 0
@@ -166,5 +165,43 @@ def test_everybody_is_served_within_the_limits(world: World) -> None:
     assert watch.last["sessions_evicted_total"] > 0
     assert watch.last["sessions_opened_total"] > num_conversations  # so some were rebuilt
     assert watch.most["sessions"] <= 6
-    assert 0 < watch.most["kv_blocks_used"] <= watch.last["kv_blocks"] == MAX_CACHED_POSITIONS // BLOCK_SIZE
+    assert watch.last["kv_blocks"] == MAX_CACHED_POSITIONS // BLOCK_SIZE
+    assert 0 < watch.most["kv_blocks_used"] <= watch.last["kv_blocks"]
     assert watch.most_nbytes - watch.first_nbytes < MAX_GROWTH_NBYTES
+
+
+# Tokens
+
+
+def test_a_cloud_that_wants_a_token(world: World) -> None:
+    deployment, token, unknown = world.deployment, "t" * 43, "u" * 43
+    write_yaml(deployment.directory / "tokens.yaml", {"alice": digest(token)})
+    (deployment.directory / "alice.token").write_text(f"{token}\n")
+    with ExitStack() as stack:
+        config = deployment.cloud_yaml("tokens-cloud.yaml", tokens="tokens.yaml")
+        cloud = stack.enter_context(Process(SERVE, config, "--verbose"))
+        address = cloud.read_ready()
+        file = deployment.edge_yaml(address, "alice.yaml", token={"file": "alice.token"})
+        edge = stack.enter_context(Process(EDGE, "--lines", file, "--verbose"))
+        assert edge.read_event()["event"] == "ready"
+        assert (
+            edge.ask({"prompt": "How many?", "sampling": {"max_tokens": 3}})[1]["event"] == "done"
+        )
+        assert "joined as token:alice: privatelora/" in cloud.stderr
+
+        for name, said in (("NONE", "and none was sent"), ("UNKNOWN", "does not know the token")):
+            env = None if name == "NONE" else {"env": "EDGE_TOKEN"}
+            file = deployment.edge_yaml(address, f"{name}.yaml", token=env)
+            other = Process(EDGE, "--lines", file, environment={"EDGE_TOKEN": unknown})
+            stranger = stack.enter_context(other)
+            assert stranger.wait() == 1
+            assert stranger.read_rest() == []
+            assert stranger.stderr.startswith("error: this cloud ")
+            assert stranger.stderr.count("\n") == 1
+            assert said in stranger.stderr
+            assert said in cloud.stderr
+        cloud.terminate()
+        assert cloud.wait() == 0
+        for process in (cloud, edge, stranger):
+            assert token not in process.stderr
+            assert unknown not in process.stderr

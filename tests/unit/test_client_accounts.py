@@ -13,21 +13,28 @@ import pytest
 from pydantic import SecretStr
 
 from privatelora.errors import CapacityError
+from privatelora.runtime import cloud_peer
 from privatelora.runtime.client_tokens import Tokens, digest
 from privatelora.runtime.cloud_service import CloudLimits, CloudService
 from privatelora.runtime.generation import Context
 from privatelora.runtime.kv_cache import BLOCK_SIZE
+from privatelora.runtime.payload.codec import CODEC_NAMES
 from privatelora.runtime.split_model import SplitModel
+from privatelora.runtime.wire.codec import encode
 from privatelora.runtime.wire.messages import (
     CloseSession,
     ExchangeRequest,
+    Hello,
     Ping,
     Pong,
+    Role,
     SessionClosed,
     StepEnd,
 )
-from tests.unit.peers import raw_edge
-from tests.unit.world import ROOMY, World, assert_same, serving, solo, world
+from privatelora.transports.base import Limits
+from privatelora.transports.registry import connect
+from tests.unit.peers import RawEdge, raw_edge
+from tests.unit.world import PRINTS, ROOMY, World, assert_same, serving, solo, world
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -234,3 +241,21 @@ async def test_a_ping_is_answered_while_sessions_compute() -> None:
         heard = [edge.wire.receive(await edge.connection.recv()) for _ in range(3)]
         assert [type(message) for message in heard].count(ExchangeRequest) == 1
         assert [message for message in heard if isinstance(message, Pong)] == [Pong(3), Pong(9)]
+
+
+async def test_an_edge_that_asks_and_does_not_read_is_sent_away(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cloud_peer, "MAX_UNREAD", 100)
+    split = world()
+    async with (
+        serving(split.service().handle) as address,
+        await connect(address, Limits(max_queued_nbytes=1000)) as connection,
+    ):
+        edge = RawEdge(split, connection)
+        await edge.say(Hello(Role.EDGE, "raw edge", PRINTS, CODEC_NAMES, 2**20))
+        await edge.hear(Hello)
+        for nonce in range(200):  # past what this end may say
+            await connection.send(*encode(Ping(nonce)))
+        await edge.listen_on()
+    assert "refused: it does not read: 101 messages wait for it" in caplog.text
