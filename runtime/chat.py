@@ -83,7 +83,9 @@ class TextModel:
 
     def token_bytes(self, token_id: int) -> bytes:
         """Bytes that one token stands for, which may be a part of a character only."""
-        token = str(self._tokenizer.convert_ids_to_tokens(token_id))
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        if not isinstance(token, str):
+            return b""  # models may have more rows than there are tokens
         if token_id in self._tokenizer.added_tokens_decoder:
             return token.encode()
         if (byte := _BYTE_TOKEN.fullmatch(token)) is not None:
