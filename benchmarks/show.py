@@ -156,6 +156,12 @@ def situations_table(result: dict[str, Any]) -> Table:
         for when in ("before", "after"):
             gap = figures[f"largest_gap_{when}_ms"]
             table.add_row("", f"largest gap of the others, {when}", f"{gap:.0f} ms")
+    alone = result["first_token"]
+    table.add_row(
+        "the same alone at 20 ms", "first token after", f"{spread(alone['pipelined_s'])} s"
+    )
+    table.add_row("", "chunk by chunk in lockstep", f"{spread(alone['lockstep_s'])} s")
+    table.add_row("", "faster", f"{spread(alone['ratio'])} x")
     flood = result["flood"]
     for when in ("alone", "during"):
         rate = flood[f"{when}_tokens_per_s"]

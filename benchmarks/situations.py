@@ -3,10 +3,11 @@
 Method. As ``serve.py``. A straggler: 15 sessions decode at 5 ms, and one more of an edge that is
 500 ms away; compared with the same where that one is near too. A long prompt: 8 sessions decode
 at 20 ms when a prompt of 2,000 tokens arrives at the same distance, in chunks or in one; their
-largest gap between two tokens before and after it arrives, and its time to first token. A flood:
-one session of a client decodes at 5 ms, first alone, then while another client, known by a token
-of its own, decodes in 15 sessions and sends one long prompt after the other, then alone again.
-The fair share between two clients is a half of the engine's time.
+largest gap between two tokens before and after it arrives, and its time to first token. The same
+prompt alone, its chunks pipelined, and one after the other on a cloud in lockstep, in turns. A
+flood: one session of a client decodes at 5 ms, first alone, then while another client, known by a
+token of its own, decodes in 15 sessions and sends one long prompt after the other, then alone
+again. The fair share between two clients is a half of the engine's time.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from privatelora.benchmarks.measure import machine_facts
+from privatelora.benchmarks.measure import Spread, machine_facts, paired_ratios
 from privatelora.benchmarks.serve import (
     NUM_SKIPPED,
+    OURS,
     Report,
     ServeSettings,
     ask,
@@ -30,6 +32,7 @@ from privatelora.benchmarks.serve import (
     token_times,
     write_settings,
 )
+from privatelora.benchmarks.whole_steps import LOCKSTEP
 from privatelora.cli._daemons import Daemon
 from privatelora.runtime.client_tokens import digest, new_token
 
@@ -37,6 +40,7 @@ LONG_PROMPT = 2000
 ARRIVES_AFTER_S = 10.0
 """By then the others have decoded a dozen tokens, and have most still before them."""
 STRAGGLER_MS = 500.0
+NUM_PROMPTS_ALONE = 3
 FLOOD_SESSIONS = 15
 FLOOD_TOKENS, FLOOD_PROMPTS = 1500, 200
 """More than the quiet session needs time for."""
@@ -55,6 +59,7 @@ def measure_situations(settings: ServeSettings, report: Report) -> dict[str, Any
             name: _long_prompt(settings, address, chunk, report)
             for name, chunk in (("chunks of 64", 64), ("one chunk", LONG_PROMPT))
         }
+    first_token = _first_token(settings, report)
     flood = _flood(settings, report)
     return {
         "benchmark": "situations",
@@ -63,6 +68,7 @@ def measure_situations(settings: ServeSettings, report: Report) -> dict[str, Any
         "round_trips_per_token": round_trips,
         "straggler": straggler,
         "long_prompt": prompts,
+        "first_token": first_token,
         "flood": flood,
     }
 
@@ -80,6 +86,29 @@ def _straggler(
         figures = summarise(token_times(near))
         token_times([other])
     return figures
+
+
+def _first_token(settings: ServeSettings, report: Report) -> dict[str, Any]:
+    """Time to the first token of a long prompt alone: pipelined, and chunk by chunk."""
+    times: dict[str, list[float]] = {OURS: [], LOCKSTEP: []}
+    with ExitStack() as stack:
+        edges = {}
+        for scheduling in times:
+            address = stack.enter_context(serving(settings, scheduling))
+            [edges[scheduling]] = stack.enter_context(
+                connected_edges(settings, address, [20.0], max_positions=4096)
+            )
+        for number in range(NUM_PROMPTS_ALONE):
+            for scheduling, edge in edges.items():
+                report(f"a prompt of {LONG_PROMPT} tokens alone, {scheduling}, {number + 1}")
+                ask(edge, 1, LONG_PROMPT, 2)
+                prompt = edge.read_event("decoded")
+                times[scheduling].append(prompt["times"][0][0] - prompt["started"])
+    return {
+        "pipelined_s": Spread.of(times[OURS])._asdict(),
+        "lockstep_s": Spread.of(times[LOCKSTEP])._asdict(),
+        "ratio": paired_ratios(times[LOCKSTEP], times[OURS])._asdict(),
+    }
 
 
 def _long_prompt(
