@@ -108,6 +108,8 @@ class EdgeConfig(LinkConfig):
     """Longest wait for a connection to the cloud."""
     step_timeout_s: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     """Longest wait for one answer of the cloud."""
+    reconnect_timeout_s: float = Field(default=60.0, ge=0, allow_inf_nan=False)
+    """How long an answer under way waits for a cloud that was lost, to go on where it was."""
 
     @model_validator(mode="after")
     def _names_differ(self) -> EdgeConfig:

@@ -33,9 +33,15 @@ class ContextPool:
     """
 
     def __init__(
-        self, models: Mapping[str, LanguageModel], max_contexts: int, max_waiting: int
+        self,
+        models: Mapping[str, LanguageModel],
+        max_contexts: int,
+        max_waiting: int,
+        patience_s: float,
     ) -> None:
+        """``patience_s``: see ``Context.open``."""
         self._models = models
+        self._patience_s = patience_s
         self._max_contexts = max_contexts
         self._max_waiting = max_waiting
         self._turns = asyncio.Semaphore(max_contexts)
@@ -116,7 +122,7 @@ class ContextPool:
             await self._close_oldest()
         while True:
             try:
-                return await Context.open(self._models[model])
+                return await Context.open(self._models[model], patience_s=self._patience_s)
             except CapacityError:
                 if not self._idle:
                     raise

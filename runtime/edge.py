@@ -81,6 +81,7 @@ class Edge:
             system_prompt=config.system_prompt,
             max_conversations=config.max_conversations,
             max_waiting=config.max_waiting,
+            patience_s=config.reconnect_timeout_s,
         )
 
     @property

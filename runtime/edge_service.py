@@ -81,8 +81,12 @@ class EdgeService:
         system_prompt: str | None,
         max_conversations: int,
         max_waiting: int,
+        patience_s: float = 0.0,
     ) -> None:
-        """``texts``: the models by name, the default first, at least one."""
+        """``texts``: the models by name, the default first, at least one.
+
+        ``patience_s``: how long an answer under way waits for a cloud that was lost.
+        """
         self.models = tuple(texts)
         self.default_model = self.models[0]
         self.defaults = defaults
@@ -93,7 +97,7 @@ class EdgeService:
         self._texts = texts
         self._cloud = cloud
         models = {name: text.model for name, text in texts.items()}
-        self._contexts = ContextPool(models, max_conversations, max_waiting)
+        self._contexts = ContextPool(models, max_conversations, max_waiting, patience_s)
 
     @property
     def sent(self) -> SentLog:

@@ -17,17 +17,15 @@ from typing import TypeVar
 import torch
 from tokenizers import Tokenizer
 
-from privatelora.errors import RequestError, SessionEvicted
+from privatelora.errors import RequestError, SessionEvicted, TransportError
 from privatelora.runtime.json_constraint import JsonConstraint
 from privatelora.runtime.language_model import LanguageModel, Sequence, Traffic
+from privatelora.runtime.recovery import recover
 from privatelora.runtime.sampler import Sampler
 from privatelora.runtime.sampling_params import SamplingParams
 from privatelora.runtime.text import TextStream
 
 T = TypeVar("T")
-
-MAX_REBUILDS = 3
-"""How often in a row a cache is rebuilt; a cloud that takes it away each time has no room."""
 
 
 class FinishReason(StrEnum):
@@ -84,11 +82,15 @@ class GenerationStats:
 class Context:
     """A sequence together with the tokens its cache holds, so that only new ones are run.
 
-    A cache that the cloud needed elsewhere is rebuilt from those tokens when it is needed again.
+    A cache that the cloud needed elsewhere, or that was lost with the link to it, is rebuilt from
+    those tokens when it is needed again.
     """
 
-    def __init__(self, model: LanguageModel, sequence: Sequence, max_positions: int) -> None:
+    def __init__(
+        self, model: LanguageModel, sequence: Sequence, max_positions: int, patience_s: float
+    ) -> None:
         self._model = model
+        self._patience_s = patience_s
         self._sequence = sequence
         self._earlier_traffic = Traffic()
         self.max_positions = max_positions
@@ -110,13 +112,18 @@ class Context:
         return self._sequence.is_open
 
     @classmethod
-    async def open(cls, model: LanguageModel, max_positions: int | None = None) -> Context:
-        """Open a sequence of ``max_positions`` (default: all the model offers)."""
+    async def open(
+        cls, model: LanguageModel, max_positions: int | None = None, patience_s: float = 0.0
+    ) -> Context:
+        """Open a sequence of ``max_positions`` (default: all the model offers).
+
+        ``patience_s``: how long it waits for a cloud that is lost while it is advanced.
+        """
         max_positions = max_positions or model.max_positions
         sequence = await model.open_sequence(max_positions)
         # What a model offers may only be known once its other half was reached.
         max_positions = min(max_positions, model.max_positions)
-        return cls(model, sequence, max_positions)
+        return cls(model, sequence, max_positions, patience_s)
 
     async def advance(self, token_ids: Seq[int]) -> torch.Tensor:
         """Make the cache hold exactly ``token_ids``; logits (vocab_size,) after the last.
@@ -143,19 +150,21 @@ class Context:
         return await self._rebuilding(score_all, token_ids)
 
     async def _rebuilding(self, run: Callable[[Seq[int]], Awaitable[T]], token_ids: Seq[int]) -> T:
-        for _ in range(MAX_REBUILDS):
-            try:
-                return await run(token_ids)
-            except SessionEvicted:
-                await self._rebuild()
-        return await run(token_ids)
+        async def run_anew() -> T:
+            await self._rebuild()
+            return await run(token_ids)
+
+        try:
+            return await run(token_ids)
+        except (SessionEvicted, TransportError) as error:
+            return await recover(run_anew, error, self._patience_s)
 
     async def _rebuild(self) -> None:
+        sequence = await self._model.open_sequence(self.max_positions)
         self.token_ids.clear()
         self._earlier_traffic = self.traffic
-        evicted = self._sequence
-        self._sequence = await self._model.open_sequence(self.max_positions)
-        await evicted.aclose()
+        lost, self._sequence = self._sequence, sequence
+        await lost.aclose()
 
     async def _advance(self, token_ids: Seq[int]) -> torch.Tensor:
         start = min(common_prefix(self.token_ids, token_ids), len(token_ids) - 1)

@@ -277,7 +277,9 @@ def test_an_edge_outlives_its_cloud(world: World) -> None:
         config = deployment.cloud_yaml("leaving.yaml", drain_timeout_s=0)
         cloud = stack.enter_context(Process(SERVE, config))
         address = cloud.read_ready()
-        config = deployment.edge_yaml(address, "staying.yaml", max_positions=4096)
+        config = deployment.edge_yaml(
+            address, "staying.yaml", max_positions=4096, reconnect_timeout_s=0
+        )
         edge = stack.enter_context(Process(EDGE, "--lines", config))
         assert edge.read_event()["event"] == "ready"
 

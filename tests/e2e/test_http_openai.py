@@ -319,7 +319,11 @@ def test_a_cloud_that_goes_away_and_comes_back(world: HttpWorld) -> None:
     with Process(SERVE, deployment.cloud_yaml("away.yaml")) as cloud:
         address = cloud.read_ready()
         config = deployment.edge_yaml(
-            address, "staying.yaml", max_positions=MAX_POSITIONS, http={"listen": "127.0.0.1:0"}
+            address,
+            "staying.yaml",
+            max_positions=MAX_POSITIONS,
+            reconnect_timeout_s=0,
+            http={"listen": "127.0.0.1:0"},
         )
         with (
             Process(EDGE, config) as edge,

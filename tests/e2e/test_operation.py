@@ -95,7 +95,7 @@ def test_an_answer_under_way_comes_to_its_end(deployment: Deployment) -> None:
 def test_it_can_be_hurried(deployment: Deployment, impatience: str) -> None:
     timeout_s = 0.2 if impatience == "drain_timeout_s" else PATIENCE_S
     with cloud(deployment, drain_timeout_s=timeout_s, min_idle_s=PATIENCE_S) as serving:
-        edge_file = deployment.edge_yaml(serving.address, max_positions=4096)
+        edge_file = deployment.edge_yaml(serving.address, max_positions=4096, reconnect_timeout_s=0)
         with Process(EDGE, "--lines", edge_file) as edge:
             assert edge.read_event()["event"] == "ready"
             edge.write(LONG)

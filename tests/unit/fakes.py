@@ -36,6 +36,7 @@ def fake_service(
     system_prompt: str | None = None,
     max_conversations: int = 4,
     max_waiting: int = 4,
+    patience_s: float = 0.0,
     **defaults: Any,
 ) -> EdgeService:
     """An edge's service of models named 0, 1, ... with the tiny tokenizer."""
@@ -47,6 +48,7 @@ def fake_service(
         system_prompt=system_prompt,
         max_conversations=max_conversations,
         max_waiting=max_waiting,
+        patience_s=patience_s,
     )
 
 
@@ -127,6 +129,8 @@ class FakeModel:
         self.steps: list[tuple[list[int], int, Rows]] = []
         self.failures: list[PrivateLoRAError] = []
         """Raised by the next steps, the last one first."""
+        self.refusals: list[PrivateLoRAError] = []
+        """Raised instead of opening another sequence, the last one first."""
         self.sequences: list[FakeSequence] = []
         self.max_sequences = 100
         """Open ones."""
@@ -134,6 +138,8 @@ class FakeModel:
     async def open_sequence(self, max_positions: int) -> FakeSequence:
         if max_positions > self.max_positions:
             raise RequestError("too long")
+        if self.refusals and self.sequences:
+            raise self.refusals.pop()
         if sum(not sequence.closed for sequence in self.sequences) >= self.max_sequences:
             raise CapacityError("the cloud is full")
         self.sequences.append(FakeSequence(self, max_positions))

@@ -10,7 +10,9 @@ import torch
 
 from privatelora.errors import (
     CapacityError,
+    ConnectError,
     ConnectionClosed,
+    PartitionError,
     PrivateLoRAError,
     RequestError,
     UnknownModel,
@@ -212,3 +214,66 @@ def test_parameters_are_the_edges_unless_told() -> None:
     assert (params.max_tokens, params.temperature) == (7, 0.0)
     with pytest.raises(RequestError, match="sampling: temperature"):
         service.params({"temperature": "hot"})
+
+
+# A cloud that is lost
+
+
+async def test_a_lost_link_is_a_pause() -> None:
+    model = FakeModel()
+    service = fake_service(model, patience_s=30.0)
+    stats = GenerationStats()
+    answer: list[str] = []
+    async for piece in service.stream(None, [20, 21], SamplingParams(max_tokens=6), stats):
+        if len(answer) == 2:
+            model.failures = [ConnectionClosed("gone"), ConnectionClosed("gone")]
+        answer.append(piece)
+    assert stats.token_ids == [22, 23, 24, 25, 26, 27]
+    assert [sequence.closed for sequence in model.sequences] == [True, True, False]
+    assert stats.decode_traffic.round_trips > 0
+    await service.aclose()
+
+
+async def test_a_cloud_that_is_away_for_a_while_is_waited_for() -> None:
+    model = FakeModel()
+    service = fake_service(model, patience_s=30.0)
+    stats = GenerationStats()
+    pieces = service.stream(None, [20, 21], SamplingParams(max_tokens=4), stats)
+    async with aclosing(pieces):
+        await anext(pieces)
+        model.failures = [ConnectionClosed("gone")]
+        model.refusals = [ConnectError("nobody there"), CapacityError("full")]
+        async for _ in pieces:
+            pass
+    assert stats.token_ids == [22, 23, 24, 25]
+    assert model.refusals == []
+    await service.aclose()
+
+
+async def test_patience_ends() -> None:
+    model = FakeModel()
+    service = fake_service(model, patience_s=0.2)
+    stats = GenerationStats()
+    pieces = service.stream(None, [20, 21], SamplingParams(max_tokens=4), stats)
+    async with aclosing(pieces):
+        await anext(pieces)
+        model.failures = [ConnectionClosed("gone")]
+        model.refusals = [ConnectError("nobody there")] * 1000
+        with pytest.raises(ConnectError, match="nobody there"):
+            async for _ in pieces:
+                pass
+    assert 0 < len(model.refusals) < 1000
+    assert (await service.status()).open_conversations == 0
+    await service.aclose()
+
+
+async def test_what_cannot_be_mended_is_said_at_once() -> None:
+    model = FakeModel()
+    service = fake_service(model, patience_s=1000.0)
+    model.failures = [ConnectionClosed("gone")]
+    model.refusals = [PartitionError("another model")]
+    pieces = service.stream(None, [20, 21], SamplingParams(max_tokens=4), GenerationStats())
+    with pytest.raises(PartitionError, match="another model"):
+        async for _ in pieces:
+            pass
+    await service.aclose()
