@@ -73,14 +73,21 @@ def serve_plot(result: dict[str, Any], file: Path) -> None:
         axes.plot(sessions, measured, "o-", color=f"C{index}", label=f"RTT {rtt_ms:g} ms")
         if rtt_ms:
             axes.plot(sessions, roofline, "--", color=f"C{index}", alpha=0.5)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("sessions")
+    _scale_by_sessions(axes, sessions)
     axes.set_ylabel("tokens/s of all sessions together (dashed: roofline)")
     axes.legend()
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
+
+
+def _scale_by_sessions(axes: Any, sessions: list[int]) -> None:
+    """Both axes in powers, labelled with plain numbers."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sessions, [str(number) for number in sessions])
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("sessions")
 
 
 def serve_comparison_plot(result: dict[str, Any], file: Path) -> None:
@@ -100,10 +107,8 @@ def serve_comparison_plot(result: dict[str, Any], file: Path) -> None:
             axes.plot(sessions, [row["aggregate_tokens_per_s"] for row in rows], "o-", label=way)
         roofline = [row["roofline_tokens_per_s"] for row in rows]
         axes.plot(sessions, roofline, "--", color="0.4", label="roofline")
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
         axes.set_title(f"RTT {rtt_ms:g} ms")
-        axes.set_xlabel("sessions")
+        _scale_by_sessions(axes, sessions)
     panels[0][0].set_ylabel("tokens/s of all sessions together")
     panels[0][0].legend()
     figure.tight_layout()

@@ -31,7 +31,9 @@ class HttpConfig(Settings):
     cors_origins: tuple[Annotated[str, AfterValidator(_check_origin)], ...] = ()
     """Origins of web pages elsewhere that may use the API; ``*``: all, only with ``api_key``."""
     max_body_mib: float = Field(default=4.0, gt=0, le=1024, allow_inf_nan=False)
+    """Largest body of a request."""
     max_header_kib: int = Field(default=32, gt=0, le=1024)
+    """Largest header of a request."""
     request_timeout_s: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     """How long a client may take to send a request, and to take a part of its answer."""
     max_concurrent: int = Field(default=64, gt=0)
