@@ -26,6 +26,10 @@ from privatelora.transports.registry import listen
 logger = logging.getLogger(__name__)
 
 
+MAX_BATCH_ROWS = {"cpu": 64, "cuda": 512}
+"""Unless the settings say so, by type of device."""
+
+
 class Cloud:
     """Everything one cloud holds. Made from its settings; serves after ``listen``."""
 
@@ -67,7 +71,7 @@ class Cloud:
                 max_sessions_per_client=config.max_sessions_per_client,
                 max_cached_positions_per_client=config.max_cached_positions_per_client,
                 max_steps_per_s_per_client=config.max_steps_per_s_per_client,
-                max_batch_rows=config.max_batch_rows,
+                max_batch_rows=config.max_batch_rows or MAX_BATCH_ROWS[device.type],
                 max_waiting=config.max_waiting,
                 max_wait_s=config.max_wait_s,
                 min_idle_s=config.min_idle_s,

@@ -62,7 +62,7 @@ class CloudLimits:
     max_sessions_per_client: int = 16
     max_cached_positions_per_client: int | None = None
     max_steps_per_s_per_client: float | None = None
-    max_batch_rows: int = 128
+    max_batch_rows: int = 64
     max_waiting: int = 64
     max_wait_s: float = 10.0
     min_idle_s: float = 2.0

@@ -56,8 +56,10 @@ class CloudConfig(LinkConfig):
     min_idle_s: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     """How long a session must be idle before its memory may go to another; it is rebuilt when its
     conversation goes on."""
-    max_batch_rows: int = Field(default=128, gt=0)
-    """Rows computed at once: more is faster for long prompts, and holds up short answers."""
+    max_batch_rows: int | None = Field(default=None, gt=0)
+    """Rows computed at once: more is faster for long prompts, and holds up the answers of others.
+    Default: 64 on a processor, where others keep their fair share of the time with that, and 512 on
+    a GPU."""
     metrics: HostPort | None = None
     """``host:port`` of a small HTTP server: ``/metrics`` for Prometheus, ``/health/live`` and
     ``/health/ready``. It is neither encrypted nor guarded."""
