@@ -4,10 +4,11 @@ Method. One cloud daemon and a few edge processes (``serve_worker.py``), which s
 sessions. Distance is emulated on the edges' connections (``impaired``), half the round trip time
 in each direction. All sessions of a run decode at once, end-of-sequence banned; counted is the
 time in which all of them decode: from the moment the last has its first tokens behind it to the
-moment the first has its last. Tokens count whole: of several sessions those that the ends of
-that time cut are lost, so their rates come out up to a token in ``tokens`` low. The roofline of N sessions at some distance is the smaller of
-N times what one session gets there and what N sessions get together without any distance: one
-session is bound by its round trips, all together by the processors.
+moment the first has its last. Tokens count whole: those of several sessions that the ends of that
+time cut are lost, so their rates come out up to a token in ``tokens`` low. The roofline of N
+sessions at some distance is the smaller of N times what one session gets there and what N sessions
+get together without any distance: one session is bound by its round trips, all together by the
+processors.
 
 Comparison. Each number of sessions at each distance is measured with our scheduler and, right
 after it, with each baseline of ``whole_steps.py``: the same daemon, engine and edges but for the

@@ -233,5 +233,5 @@ def _show(result: Mapping[str, Any], console: Console) -> None:
     console.print(figures)
     console.print(
         "The adapter is fresh (M is zero), so these are the base model's answers; every exchange "
-        "is made all the same."
+        "is made all the same. To chat with it: privatelora demo --serve, or make chat."
     )
