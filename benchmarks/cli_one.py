@@ -102,12 +102,10 @@ def turns(
         serving = ServeSettings(
             model=model,
             every=every,
-            sessions=(2,),
             rtts_ms=distances,
             prompt_tokens=2 * history_tokens,
             tokens=64,
             dtype=dtype.value,
-            num_edges=1,
             directory=directory,
         )
         result = measure_turns(TurnsSettings(serving, history_tokens, rounds), report)
@@ -138,12 +136,10 @@ def http(
         serving = ServeSettings(
             model=model,
             every=every,
-            sessions=(2,),
             rtts_ms=distances,
             prompt_tokens=prompt_tokens,
             tokens=tokens,
             dtype=dtype.value,
-            num_edges=1,
             directory=directory,
         )
         result = measure_http(HttpSettings(serving, rounds), report)

@@ -57,13 +57,13 @@ class ServeSettings:
 
     model: str
     every: int
-    sessions: tuple[int, ...]
     rtts_ms: tuple[float, ...]
     prompt_tokens: int
     tokens: int
     dtype: str
-    num_edges: int
     directory: Path
+    sessions: tuple[int, ...] = (2,)
+    num_edges: int = 1
     compare: bool = False
 
 
