@@ -64,9 +64,7 @@ def measure_http(settings: HttpSettings, report: Report) -> dict[str, Any]:
         "benchmark": "http",
         "machine": machine_facts(),
         "settings": {
-            "model": settings.serving.model,
-            "every": settings.serving.every,
-            "dtype": settings.serving.dtype,
+            **settings.serving.deployment,
             "prompt_tokens": settings.serving.prompt_tokens,
             "tokens": settings.serving.tokens,
             "rounds": settings.rounds,

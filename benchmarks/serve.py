@@ -66,6 +66,11 @@ class ServeSettings:
     num_edges: int = 1
     compare: bool = False
 
+    @property
+    def deployment(self) -> dict[str, Any]:
+        """What was served, as every result names it."""
+        return {"model": self.model, "every": self.every, "dtype": self.dtype}
+
 
 def measure_serving(settings: ServeSettings, report: Report) -> dict[str, Any]:
     """Measure every number of sessions at every distance, 0 first."""
@@ -95,11 +100,9 @@ def measure_serving(settings: ServeSettings, report: Report) -> dict[str, Any]:
         "benchmark": "serve",
         "machine": machine_facts(),
         "settings": {
-            "model": settings.model,
-            "every": settings.every,
+            **settings.deployment,
             "prompt_tokens": settings.prompt_tokens,
             "tokens": settings.tokens,
-            "dtype": settings.dtype,
             "num_edges": settings.num_edges,
             "compare": settings.compare,
         },

@@ -64,7 +64,7 @@ def measure_situations(settings: ServeSettings, report: Report) -> dict[str, Any
     return {
         "benchmark": "situations",
         "machine": machine_facts(),
-        "settings": {"model": settings.model, "every": settings.every, "dtype": settings.dtype},
+        "settings": settings.deployment,
         "round_trips_per_token": round_trips,
         "straggler": straggler,
         "long_prompt": prompts,

@@ -48,9 +48,7 @@ def measure_turns(settings: TurnsSettings, report: Report) -> dict[str, Any]:
         "benchmark": "turns",
         "machine": machine_facts(),
         "settings": {
-            "model": settings.serving.model,
-            "every": settings.serving.every,
-            "dtype": settings.serving.dtype,
+            **settings.serving.deployment,
             "history_tokens": settings.history_tokens,
             "rounds": settings.rounds,
         },

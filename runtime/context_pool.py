@@ -12,8 +12,6 @@ from privatelora.errors import CapacityError, RequestError
 from privatelora.runtime.generation import Context, common_prefix
 from privatelora.runtime.language_model import LanguageModel
 
-RETRY_AFTER_S = 5.0
-
 
 @dataclass(eq=False)
 class _Idle:
