@@ -3,8 +3,8 @@
     Hello          [role, software, model, plan, basis, [codec, ...], max_frame_nbytes,
                     max_positions, max_sessions, [capability, ...], token or nil]
     ErrorReply     [code, message, session_id or nil, {name: text, ...}]
-    OpenSession    [session_id, max_positions, hidden_codec, exchange_codec]
-    SessionOpened  [session_id, max_positions]
+    OpenSession    [session_id, max_positions, hidden_codec, exchange_codec, resume or nil]
+    SessionOpened  [session_id, max_positions, num_positions, resume or nil]
     CloseSession   [session_id]
     SessionClosed  [session_id]
     Ping           [nonce]
@@ -105,13 +105,17 @@ def check_codec_name(value: object) -> str:
     return _name(value, "codec", MAX_CODEC_CHARS)
 
 
-def check_token(value: object) -> str:
-    """Return an edge's token, or raise MalformedError, which does not repeat it."""
+def check_token(value: object, what: str = "token") -> str:
+    """Return an edge's or a session's token, or raise MalformedError, which does not repeat it."""
     if type(value) is not str or len(value) > MAX_TOKEN_CHARS or not _TOKEN.fullmatch(value):
         raise MalformedError(
-            f"token is not 1 to {MAX_TOKEN_CHARS} printable ASCII characters without white space"
+            f"{what} is not 1 to {MAX_TOKEN_CHARS} printable ASCII characters without white space"
         )
     return value
+
+
+def _resume(value: object) -> str | None:
+    return None if value is None else check_token(value, "resume")
 
 
 def _take(fields: list[object], count: int) -> list[object]:
@@ -205,18 +209,25 @@ def _parse_error_reply(fields: list[object]) -> ErrorReply:
 
 
 def _parse_open_session(fields: list[object]) -> OpenSession:
-    session_id, max_positions, hidden_codec, exchange_codec = _take(fields, 4)
+    session_id, max_positions, hidden_codec, exchange_codec, resume = _take(fields, 5)
     return OpenSession(
         _id(session_id),
         _int(max_positions, "max_positions", 1, _MAX_UINT32),
         check_codec_name(hidden_codec),
         check_codec_name(exchange_codec),
+        _resume(resume),
     )
 
 
 def _parse_session_opened(fields: list[object]) -> SessionOpened:
-    session_id, max_positions = _take(fields, 2)
-    return SessionOpened(_id(session_id), _int(max_positions, "max_positions", 1, _MAX_UINT32))
+    session_id, max_positions, num_positions, resume = _take(fields, 4)
+    most = _int(max_positions, "max_positions", 1, _MAX_UINT32)
+    return SessionOpened(
+        _id(session_id),
+        most,
+        _int(num_positions, "num_positions", 0, most),
+        _resume(resume),
+    )
 
 
 def _parse_close_session(fields: list[object]) -> CloseSession:
@@ -280,9 +291,15 @@ def _fields_of(message: ControlMessage) -> list[object]:
                 message.max_positions,
                 message.hidden_codec,
                 message.exchange_codec,
+                message.resume,
             ]
         case SessionOpened():
-            return [message.session_id, message.max_positions]
+            return [
+                message.session_id,
+                message.max_positions,
+                message.num_positions,
+                message.resume,
+            ]
         case CloseSession() | SessionClosed():
             return [message.session_id]
         case Ping() | Pong():
@@ -308,6 +325,18 @@ def encode_control(message: ControlMessage) -> tuple[Buffer, ...]:
     return (PRELUDE.pack(TYPES[kind], 0, PROTOCOL_VERSION, len(header)) + header,)
 
 
+def require_version(frame: memoryview) -> None:
+    """Raise VersionMismatch for a frame by which a peer of another version can be told."""
+    start = PRELUDE.size
+    if frame[0] in _RECOGNISABLE and frame[start : start + len(MAGIC)] == MAGIC:
+        version = int.from_bytes(frame[2:4], "little")
+        if version != PROTOCOL_VERSION:
+            raise VersionMismatch(
+                f"the peer speaks protocol version {version}, this end version "
+                f"{PROTOCOL_VERSION}: install the same PrivateLoRA release on both"
+            )
+
+
 def decode_control(frame: memoryview, limits: WireLimits) -> ControlMessage:
     """Return the message. Raises VersionMismatch or RemoteProtocolError."""
     number = frame[0]
@@ -320,12 +349,7 @@ def decode_control(frame: memoryview, limits: WireLimits) -> ControlMessage:
                 "program?"
             )
         start += len(MAGIC)
-        version = int.from_bytes(frame[2:4], "little")
-        if version != PROTOCOL_VERSION:
-            raise VersionMismatch(
-                f"the peer speaks protocol version {version}, this end version "
-                f"{PROTOCOL_VERSION}: install the same PrivateLoRA release on both"
-            )
+        require_version(frame)
     header_nbytes = len(frame) - PRELUDE.size
     if header_nbytes > MAX_HEADER_NBYTES:
         raise RemoteProtocolError(

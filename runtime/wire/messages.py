@@ -103,20 +103,28 @@ class OpenSession:
     """Edge: make a sequence with room for ``max_positions`` tokens.
 
     ``hidden_codec`` and ``exchange_codec``: how the cloud is to encode what it sends back.
+    ``resume``: the token of a sequence to go on with, if the cloud still has its cache.
     """
 
     session_id: int
     max_positions: int
     hidden_codec: str
     exchange_codec: str
+    resume: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class SessionOpened:
-    """Cloud: the sequence exists."""
+    """Cloud: the sequence exists.
+
+    ``num_positions``: of the sequence to go on with, those whose steps have ended; 0 in a new one.
+    ``resume``: with what this sequence can be gone on with on another connection, once.
+    """
 
     session_id: int
     max_positions: int
+    num_positions: int = 0
+    resume: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

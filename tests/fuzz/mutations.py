@@ -16,12 +16,15 @@ import msgpack
 
 from privatelora.runtime.payload.codec import CODEC_NAMES, plain_nbytes
 from privatelora.runtime.payload.names import LZ4_SUFFIX
+from privatelora.runtime.wire.codec import seal
 from privatelora.runtime.wire.messages import ErrorReply, Hello, StepBegin
 from privatelora.runtime.wire.prelude import PRELUDE, TYPES
 from privatelora.transports.framing import HEADER, HEADER_NBYTES, MAGIC
 from tests.fuzz.end import HIDDEN, MAX_FRAME_NBYTES, MAX_POSITIONS
 
 T = TypeVar("T")
+
+CHECKSUM_NBYTES = 4
 
 # These ship without annotations.
 _MSGPACK: Any = msgpack
@@ -281,7 +284,15 @@ def _spoil_control(rng: Random, frame: bytes) -> bytearray:
 
 
 def mutate(rng: Random, frame: bytes, other: bytes) -> bytes:
-    """``frame``, which is a good one, with something wrong; perhaps a part of ``other`` in it."""
+    """``frame``, which is a good one, with something wrong; perhaps a part of ``other`` in it.
+
+    Its checksum is mostly right, or nothing behind that would ever be tried.
+    """
+    spoilt = _mutate(rng, frame[:-CHECKSUM_NBYTES], other)
+    return b"".join(seal((spoilt,))) if rng.random() < 0.97 else spoilt
+
+
+def _mutate(rng: Random, frame: bytes, other: bytes) -> bytes:
     way = rng.random()
     if way < 0.03:
         return rng.randbytes(below(rng, 200))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from hypothesis import strategies as st
 
-from privatelora.runtime.wire.codec import encode
+from privatelora.runtime.wire.codec import encode, seal
 from privatelora.runtime.wire.messages import (
     CloseSession,
     ErrorCode,
@@ -47,7 +47,9 @@ SAMPLES: tuple[Message, ...] = (
     ErrorReply(ErrorCode.CAPACITY, "all 8 sessions are taken: try later", 7, {"limit": "8"}),
     ErrorReply(ErrorCode.VERSION, "versions differ"),
     OpenSession(7, 4096, "bf16", "fp16"),
+    OpenSession(8, 4096, "bf16", "fp16", "a-token_of.8"),
     SessionOpened(7, 4096),
+    SessionOpened(8, 4096, 12, "another-token"),
     CloseSession(7),
     SessionClosed(2**53 - 1),
     Ping(7),
@@ -63,6 +65,15 @@ SAMPLES: tuple[Message, ...] = (
 
 def frame_of(message: Message) -> memoryview:
     return memoryview(bytearray(b"".join(encode(message))))
+
+
+def content_of(message: Message) -> bytearray:
+    """Its frame without the checksum, to be spoilt and sealed again."""
+    return bytearray(frame_of(message)[:-4])
+
+
+def sealed(content: bytes | bytearray) -> memoryview:
+    return memoryview(bytearray(b"".join(seal((content,)))))
 
 
 # Strategies

@@ -36,7 +36,15 @@ from privatelora.runtime.wire.messages import (
     TensorPayload,
 )
 from privatelora.runtime.wire.prelude import TYPES, WireLimits
-from tests.wire.samples import EDGE_HELLO, SAMPLES, frame_of, messages, payload
+from tests.wire.samples import (
+    EDGE_HELLO,
+    SAMPLES,
+    content_of,
+    frame_of,
+    messages,
+    payload,
+    sealed,
+)
 
 MSGPACK: Any = msgpack  # ships without annotations
 LIMITS = WireLimits()
@@ -46,10 +54,13 @@ BEGIN = StepBegin(7, 9, 12, OutputRows.LAST, payload(2, 3), payload(2, 4))
 each_sample = pytest.mark.parametrize("message", SAMPLES, ids=lambda m: type(m).__name__)
 
 
-def outcome(frame: bytes | bytearray) -> Message | RemoteProtocolError | VersionMismatch:
-    """What decoding gives; any other exception fails the test."""
+def outcome(content: bytes | bytearray) -> Message | RemoteProtocolError | VersionMismatch:
+    """What decoding gives of a frame with the checksum of this content.
+
+    Any other exception fails the test.
+    """
     try:
-        return decode(memoryview(frame), LIMITS)
+        return decode(sealed(content), LIMITS)
     except (RemoteProtocolError, VersionMismatch) as error:
         reason = str(error)
         assert reason
@@ -103,7 +114,7 @@ def test_encoding_passes_tensor_data_on(wrap: type) -> None:
         ExchangeRequest(1, 1, 0, begin.hidden_states),
         StepEnd(1, 1, begin.hidden_states),
     ):
-        assert encode(message)[-1] is hidden
+        assert encode(message)[-2] is hidden
 
 
 def test_decoding_slices_the_frame() -> None:
@@ -114,8 +125,8 @@ def test_decoding_slices_the_frame() -> None:
     for tensor in (message.hidden_states, message.opening):
         assert isinstance(tensor.data, memoryview)
         assert tensor.data.obj is frame.obj
-    frame[-1] ^= 0xFF
-    assert message.opening.data[-1] == frame[-1]
+    frame[-5] ^= 0xFF
+    assert message.opening.data[-1] == frame[-5]
 
 
 @given(st.integers(0, 100), st.integers(0, 100))
@@ -129,7 +140,7 @@ def test_tensors_begin_at_multiples_of_16(hidden: int, opening: int) -> None:
         TensorPayload("fp16", (1, 1), b"h" * hidden),
         TensorPayload("fp16", (1, 1), b"o" * opening),
     )
-    frame = b"".join(encode(begin))
+    frame = content_of(begin)
     assert frame[:96].count(b"hhh") == 0
     assert frame[96 : 96 + hidden] == b"h" * hidden
     start = len(frame) - opening
@@ -166,11 +177,19 @@ def test_the_largest_control_messages_fit() -> None:
         assert decode(frame, LIMITS) == message
 
 
-def test_a_token_is_not_shown() -> None:
-    assert EDGE_HELLO.token == "s3cr3t"
-    assert "s3cr3t" not in f"{EDGE_HELLO!r} {EDGE_HELLO}"
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (EDGE_HELLO, "token"),
+        (OpenSession(7, 4096, "bf16", "fp16", "s3cr3t"), "resume"),
+        (SessionOpened(7, 4096, 12, "s3cr3t"), "resume"),
+    ],
+)
+def test_a_token_is_not_shown(message: Any, field: str) -> None:
+    assert getattr(message, field) == "s3cr3t"
+    assert "s3cr3t" not in f"{message!r} {message}"
     with pytest.raises(LocalProtocolError) as caught:
-        encode(dataclasses.replace(EDGE_HELLO, token="s3cr3t with spaces"))
+        encode(dataclasses.replace(message, **{field: "s3cr3t with spaces"}))
     assert "s3cr3t" not in str(caught.value)
 
 
@@ -179,20 +198,20 @@ def test_a_token_is_not_shown() -> None:
 
 @each_sample
 def test_a_frame_cut_off_anywhere_is_refused(message: Message) -> None:
-    frame = bytes(frame_of(message))
-    for length in range(len(frame)):
-        assert isinstance(outcome(frame[:length]), RemoteProtocolError)
+    content = content_of(message)
+    for length in range(len(content)):
+        assert isinstance(outcome(content[:length]), RemoteProtocolError)
 
 
 @each_sample
 @pytest.mark.parametrize("extra", [b"\0", b"\xc0", bytes(16), bytes(64)])
 def test_a_frame_with_something_behind_it_is_refused(message: Message, extra: bytes) -> None:
-    assert isinstance(outcome(bytes(frame_of(message)) + extra), RemoteProtocolError)
+    assert isinstance(outcome(content_of(message) + extra), RemoteProtocolError)
 
 
 @each_sample
 def test_any_byte_may_be_wrong(message: Message) -> None:
-    frame = bytearray(frame_of(message))
+    frame = content_of(message)
     for position in range(len(frame)):
         original = frame[position]
         for wrong in {0, 1, 0x7F, 0xFF, *(original ^ 1 << bit for bit in range(8))} - {original}:
@@ -221,7 +240,7 @@ def test_random_bytes_with_a_good_prelude(number: int, rest: bytes, magic: bool)
 def test_random_step_headers() -> None:
     rng = random.Random(1)
     for message in (BEGIN, EXCHANGE):
-        good = frame_of(message)
+        good = content_of(message)
         for _ in range(3000):
             frame = bytearray(good)
             for _ in range(rng.randint(1, 3)):
@@ -261,7 +280,7 @@ HELLO_FIELDS: list[object] = [
     *("edge", "p", "a" * 64, "b" * 64, "c" * 64, ["fp16"], 2**20, 0, 0, [], "s3cr3t"),
 ]
 ERROR_FIELDS: list[object] = ["request", "no", 3, {"key": "value"}]
-OPEN_FIELDS: list[object] = [7, 4096, "bf16", "fp16"]
+OPEN_FIELDS: list[object] = [7, 4096, "bf16", "fp16", "r3sume"]
 
 
 WRONG_FIELDS: list[tuple[type[Message], list[object], int, Iterable[object]]] = [
@@ -287,7 +306,10 @@ WRONG_FIELDS: list[tuple[type[Message], list[object], int, Iterable[object]]] = 
     (OpenSession, OPEN_FIELDS, 1, [0, 2**32, None, 1.0]),
     (OpenSession, OPEN_FIELDS, 2, ["", "fp 16", 16, None, "fp16\0"]),
     (OpenSession, OPEN_FIELDS, 3, ["x" * 17, b"fp16"]),
-    (SessionOpened, [7, 1], 1, [0, -5, True]),
+    (OpenSession, OPEN_FIELDS, 4, ["", "a b", 1, False, "x" * 257]),
+    (SessionOpened, [7, 1, 0, None], 1, [0, -5, True]),
+    (SessionOpened, [7, 12, 12, "r3sume"], 2, [13, -1, None, 1.0]),
+    (SessionOpened, [7, 12, 12, "r3sume"], 3, ["", "a b", 7, "x" * 257]),
     (CloseSession, [7], 0, [2**53, -1, True, MSGPACK.ExtType(1, b"7")]),
     (SessionClosed, [7], 0, [2**53, None, MSGPACK.Timestamp(7)]),
     (Ping, [7], 0, [2**53, -1, None, 1.0]),
@@ -307,7 +329,7 @@ WRONG_FIELDS: list[tuple[type[Message], list[object], int, Iterable[object]]] = 
 def test_a_wrong_field_is_refused(
     kind: type[Message], fields: list[object], index: int, wrong: object
 ) -> None:
-    decode(memoryview(control_frame(kind, MSGPACK.packb(fields))), LIMITS)
+    decode(sealed(control_frame(kind, MSGPACK.packb(fields))), LIMITS)
     changed = [*fields[:index], wrong, *fields[index + 1 :]]
     result = outcome(control_frame(kind, MSGPACK.packb(changed)))
     assert isinstance(result, RemoteProtocolError)
@@ -401,7 +423,7 @@ def test_a_header_over_64_kib_is_refused_unread() -> None:
 def test_a_wrong_step_field_is_refused(
     message: Message, offset: int, layout: str, value: int | bytes, reason: str
 ) -> None:
-    frame = bytearray(frame_of(message))
+    frame = content_of(message)
     struct.pack_into(f"<{layout}", frame, offset, value)
     result = outcome(frame)
     assert isinstance(result, RemoteProtocolError)
@@ -416,6 +438,21 @@ def test_tighter_limits_are_kept() -> None:
         wide = ExchangeRequest(7, 9, 3, payload(*shape))
         with pytest.raises(RemoteProtocolError, match="2 x 6"):
             decode(frame_of(wide), limits)
+
+
+# Damage on the way
+
+
+@each_sample
+def test_a_flipped_bit_is_noticed(message: Message) -> None:
+    frame = frame_of(message)
+    for position in range(len(frame)):
+        for bit in range(8):
+            frame[position] ^= 1 << bit
+            with pytest.raises((RemoteProtocolError, VersionMismatch)):
+                decode(frame, LIMITS)
+            frame[position] ^= 1 << bit
+    assert decode(frame, LIMITS) == message
 
 
 # Versions
@@ -437,7 +474,7 @@ def test_another_version_is_recognised_whatever_follows(
 
 
 def test_without_the_mark_it_is_no_version_of_this_protocol() -> None:
-    frame = bytearray(frame_of(EDGE_HELLO))
+    frame = content_of(EDGE_HELLO)
     frame[2] = 9
     frame[8] = ord("p")
     result = outcome(frame)
