@@ -10,8 +10,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from privatelora.errors import ConfigError
+from privatelora.plain_file import open_plain
 
 MAX_FILE_NBYTES = 1 << 20
+MAX_NODES = 32_768
+"""Keys, values and lists in one file; the largest there is, of tokens, has 20 001."""
+MAX_NUMBER_CHARS = 64
+MAX_EXPLAINED = 1000
+"""A file made to be wrong in a million places would take a gigabyte to be explained."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -32,23 +38,68 @@ def read_mapping(path: Path, example: str) -> dict[Any, Any]:
     ``example``: a key, for people whose file has none. Raises ConfigError.
     """
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             text = file.read(MAX_FILE_NBYTES + 1)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     if len(text) > MAX_FILE_NBYTES:
         raise ConfigError(f"{path}: larger than {MAX_FILE_NBYTES} bytes, not a file of settings")
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Loader)
     except Exception as error:  # a tag or a date with impossible text raises more than YAMLError
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{path}{where}: not valid YAML") from error
+        reason = f" ({error.problem})" if isinstance(error, _RefusedError) else ""
+        raise ConfigError(f"{path}{where}: not valid YAML{reason}") from error
     if values is None:
         values = {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys and values, such as '{example}: ...'")
     return values
+
+
+class _RefusedError(yaml.MarkedYAMLError):
+    """Valid YAML that has no place in a file of settings; ``problem`` says why."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads a file of settings in time and memory that its size bounds.
+
+    Aliases are refused: a kilobyte of them stands for gigabytes. A key that occurs twice has two
+    meanings, of which YAML's loader would take the last.
+    """
+
+    def __init__(self, text: bytes) -> None:
+        super().__init__(text)
+        self._num_nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
+        self._num_nodes += 1
+        if self._num_nodes > MAX_NODES:
+            raise _refused(f"more than {MAX_NODES} keys and values", event)
+        if isinstance(event, yaml.AliasEvent):
+            raise _refused("an alias, which is not read here; write it out", event)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            raise _refused("a key that occurs twice", node)
+        return mapping
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > MAX_NUMBER_CHARS:
+            raise _refused(f"a number of {len(node.value)} characters", node)
+        return super().construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def _refused(problem: str, where: Any) -> _RefusedError:
+    """``where``: an event or node of PyYAML's."""
+    return _RefusedError(problem=problem, problem_mark=where.start_mark)
 
 
 def as_model(values: dict[Any, Any], path: Path, model: type[Model]) -> Model:
@@ -61,6 +112,8 @@ def as_model(values: dict[Any, Any], path: Path, model: type[Model]) -> Model:
 
 def explain(error: ValidationError, model: type[BaseModel] | None = None) -> str:
     """Return the first field pydantic refused and why, in one line."""
+    if error.error_count() > MAX_EXPLAINED:
+        return f"{error.error_count()} of its values are not what they should be"
     problems = error.errors(include_url=False)
     # A misspelt key also makes the right one missing; the misspelling is the thing to say.
     problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")

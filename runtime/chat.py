@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from privatelora.errors import PartitionError, RequestError
+from privatelora.partition.tokenizer import is_panic
 from privatelora.runtime.generation import Context, GenerationStats, generate_text
 from privatelora.runtime.language_model import LanguageModel
 from privatelora.runtime.sampling_params import SamplingParams
@@ -66,7 +67,14 @@ class TextModel:
                 f"the prompt is not valid Unicode at character {error.start + 1}: send UTF-8, and "
                 "no halves of surrogate pairs"
             ) from error
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise RequestError(
+                f"the model's tokenizer cannot take this text apart: {error}"
+            ) from error
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:

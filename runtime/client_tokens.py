@@ -8,10 +8,12 @@ about a token.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 from pydantic import SecretStr
 
@@ -23,6 +25,8 @@ from privatelora.runtime.wire.prelude import MalformedError
 from privatelora.transports.address import Address, parse_address
 from privatelora.transports.base import Connection
 from privatelora.yaml_file import read_mapping
+
+logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 10_000
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -56,6 +60,46 @@ class Tokens:
         return self._names.get(digest(token))
 
 
+class KnownTokens(Protocol):
+    """What ``identify`` asks."""
+
+    def name_of(self, token: str) -> str | None:
+        """Whose token this is, if it is anybody's."""
+
+
+class TokensFile:
+    """The tokens in a cloud's file, read again when it has changed.
+
+    So a client is let in or shut out without a restart. A file that cannot be used any more is
+    reported, and what it said before holds.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read it; raises as ``load_tokens``."""
+        self._path = path
+        self._state = self._stat()
+        self._tokens = load_tokens(path)
+
+    def name_of(self, token: str) -> str | None:
+        """See ``KnownTokens``."""
+        state = self._stat()
+        if state != self._state:
+            self._state = state
+            try:
+                self._tokens = load_tokens(self._path)
+                logger.info("%s was read again", self._path)
+            except ConfigError as error:
+                logger.error("%s; what it said before holds", error)
+        return self._tokens.name_of(token)
+
+    def _stat(self) -> tuple[int, ...]:
+        try:
+            now = self._path.stat()
+        except OSError as error:
+            return (error.errno or 0,)
+        return (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+
+
 def load_tokens(path: Path) -> Tokens:
     """Read a cloud's file of tokens, ``name: digest`` lines in YAML.
 
@@ -86,7 +130,7 @@ def load_tokens(path: Path) -> Tokens:
     return Tokens(names)
 
 
-def identify(connection: Connection, token: str | None, tokens: Tokens | None) -> str:
+def identify(connection: Connection, token: str | None, tokens: KnownTokens | None) -> str:
     """On whose account a connection runs.
 
     What it has proven to be by its transport; else, if the cloud has ``tokens``, whose token it

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from privatelora.partition.shard import open_shard
-from privatelora.runtime.client_tokens import load_tokens
+from privatelora.runtime.client_tokens import TokensFile
 from privatelora.runtime.cloud_service import CloudLimits, CloudService
 from privatelora.runtime.config import CloudConfig
 from privatelora.runtime.device import compute_device, compute_dtype
@@ -46,7 +46,7 @@ class Cloud:
         self.config = config
         self._is_listening = False
         self._trace = None if config.trace is None else Trace(config.trace)
-        tokens = None if config.tokens is None else load_tokens(config.tokens)
+        tokens = None if config.tokens is None else TokensFile(config.tokens)
         self.shard = open_shard(config.shard, "cloud")
         manifest = self.shard.manifest
         device = compute_device(config.device)
@@ -68,6 +68,9 @@ class Cloud:
                 ),
                 max_cached_positions=config.max_cached_positions,
                 max_frame_nbytes=config.max_frame_mib * 2**20,
+                max_connections=config.max_connections,
+                max_connections_per_client=config.max_connections_per_client,
+                max_silence_s=config.max_silence_s,
                 max_sessions_per_client=config.max_sessions_per_client,
                 max_cached_positions_per_client=config.max_cached_positions_per_client,
                 max_steps_per_s_per_client=config.max_steps_per_s_per_client,
@@ -75,6 +78,7 @@ class Cloud:
                 max_waiting=config.max_waiting,
                 max_wait_s=config.max_wait_s,
                 min_idle_s=config.min_idle_s,
+                resume_timeout_s=config.resume_timeout_s,
             ),
             self._trace,
             make_scheduler,

@@ -84,6 +84,7 @@ class LinkSettings:
     impaired: ImpairedConfig | None = None
     connect_timeout_s: float = 10.0
     step_timeout_s: float = 120.0
+    keepalive_s: float = 15.0
     max_frame_nbytes: int = 64 * 2**20
     spin_s: float | None = None
     token: SecretStr | None = None
@@ -178,7 +179,10 @@ class CloudLink:
         self._sessions: dict[int, LinkSession] = {}
         self._last_session_id = -1
         self._failure: PrivateLoRAError | None = None
-        self._reader = asyncio.create_task(self._read(), name="privatelora-link-reader")
+        self._tasks = (
+            asyncio.create_task(self._read(), name="privatelora-link-reader"),
+            asyncio.create_task(self._keep_alive(), name="privatelora-link-keepalive"),
+        )
 
     @property
     def num_sessions(self) -> int:
@@ -190,14 +194,14 @@ class CloudLink:
         """Whether sequences can still be opened and stepped on this link."""
         return self._failure is None
 
-    async def open_session(self, max_positions: int) -> LinkSession:
-        """Make a session."""
+    async def open_session(self, max_positions: int, resume: str | None = None) -> LinkSession:
+        """Make a session, one that goes on with the cache of the ``resume`` token if it can."""
         self._last_session_id += 1
         session = LinkSession(self, self._last_session_id)
         self._sessions[session.session_id] = session
         down = self.codecs.hidden_states_down, self.codecs.exchange_down
         try:
-            await session.open(OpenSession(session.session_id, max_positions, *down))
+            await session.open(OpenSession(session.session_id, max_positions, *down, resume))
         except BaseException:
             self.close_session(session)
             raise
@@ -213,23 +217,29 @@ class CloudLink:
 
     async def aclose(self) -> None:
         """Close the connection and everything on it. May be repeated."""
+        for session in list(self._sessions.values()):
+            self.close_session(session)  # so that the cloud keeps nothing for this edge's return
         self._fail(ConnectionClosed("the link to the cloud was closed"))
-        self._reader.cancel()
+        for task in self._tasks:
+            task.cancel()
         self._outbox.abort()
-        await asyncio.gather(self._reader, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._connection.aclose()
 
     @contextlib.asynccontextmanager
-    async def deadline(self) -> AsyncIterator[None]:
-        """Bound a wait for the cloud; past it the link fails with TransportTimeout."""
+    async def deadline(self, timeout_s: float | None = None) -> AsyncIterator[None]:
+        """Bound a wait for the cloud; past it the link fails with TransportTimeout.
+
+        ``timeout_s``: if not that of a step.
+        """
+        timeout_s = timeout_s or self._settings.step_timeout_s
         try:
-            async with asyncio.timeout(self._settings.step_timeout_s):
+            async with asyncio.timeout(timeout_s):
                 yield
         except TimeoutError as error:
             # The session's state on the other side is unknown now; so is the connection's.
             timeout = TransportTimeout(
-                f"{self._settings.address} did not answer within "
-                f"{self._settings.step_timeout_s:g} s"
+                f"{self._settings.address} did not answer within {timeout_s:g} s"
             )
             self._fail(timeout)
             self._connection.abort()
@@ -253,13 +263,13 @@ class CloudLink:
         self._sent.note(message, nbytes)
         return nbytes
 
-    async def ping(self) -> float:
+    async def ping(self, timeout_s: float | None = None) -> float:
         """Round trip to the cloud and back in seconds, beside whatever sessions do.
 
-        Raises as ``LinkSession.end``.
+        ``timeout_s``: if not that of a step. Raises as ``LinkSession.end``.
         """
         self.require_open()
-        async with self._pinging, self.deadline():
+        async with self._pinging, self.deadline(timeout_s):
             self._num_pings += 1
             self._answered = asyncio.get_running_loop().create_future()
             started = time.perf_counter()
@@ -268,6 +278,19 @@ class CloudLink:
             round_trip_s = time.perf_counter() - started
         self.require_open()
         return round_trip_s
+
+    async def _keep_alive(self) -> None:
+        """Ask whether the cloud is there when nothing came from it for a while.
+
+        A link can be dead without a sign, and a cloud forgets an edge of which it hears nothing.
+        """
+        counters, keepalive_s = self._connection.counters, self._settings.keepalive_s
+        with contextlib.suppress(PrivateLoRAError):  # which the link has failed with
+            while self.is_open:
+                received = counters.received_frames
+                await asyncio.sleep(keepalive_s)
+                if counters.received_frames == received:
+                    await self.ping(keepalive_s)
 
     async def _read(self) -> None:
         try:

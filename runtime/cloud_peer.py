@@ -11,12 +11,14 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from privatelora.errors import (
+    AuthError,
     CapacityError,
     ConfigError,
     PrivateLoRAError,
     ProtocolError,
     RemoteProtocolError,
     RequestError,
+    SessionEvicted,
     TransportError,
 )
 from privatelora.partition.plan import ExchangePoint
@@ -75,6 +77,8 @@ class Session:
     last_used: float = field(default_factory=time.monotonic)
     num_positions: int = 0
     """Positions begun so far; the next step starts here or earlier."""
+    token_digest: str | None = None
+    """Of the token with which it can be resumed."""
     steps: dict[int, Step] = field(default_factory=dict)
     """In flight, oldest first."""
 
@@ -99,6 +103,7 @@ class CloudPeer:
         self._wire = WireConnection(Role.CLOUD, WireLimits())
         self._sessions: dict[int, Session] = {}
         self._has_begun_step = False
+        self._watching: asyncio.TimerHandle
 
     @property
     def name(self) -> str:
@@ -116,8 +121,16 @@ class CloudPeer:
             raise RemoteProtocolError("the first message must be Hello")
         self.client = self._identify(hello.token)
         check_hello(self._service.hello, hello)
+        self._service.connections.admit(self, self.client)
         self._post(self._service.hello)
         logger.info("%s joined as %s: %s", self.name, self.client, hello.software)
+        self._watch(partial(self._identify, hello.token), -1)
+        try:
+            await self._listen()
+        finally:
+            self._watching.cancel()
+
+    async def _listen(self) -> None:
         while True:
             is_over = self._take_frame(await self._connection.recv())
             for _ in range(MAX_FRAMES_AT_ONCE):
@@ -135,6 +148,31 @@ class CloudPeer:
                 self._has_begun_step = False
                 await asyncio.sleep(0)
 
+    def _watch(self, identify: Callable[[], str], num_frames: int) -> None:
+        """Look now and then whether the edge is still there and still welcome."""
+        loop = asyncio.get_running_loop()
+        received = self._connection.counters.received_frames
+        limit_s = self._service.limits.max_silence_s
+        try:
+            if received == num_frames:
+                self.drop(f"nothing came from it for {limit_s:g} s")
+                return
+            if identify() != self.client:
+                raise AuthError("this token is somebody else's now")
+        except AuthError as error:
+            logger.warning("%s shut out: %s", self.name, error)
+            self.close_all()
+            self._post(error_reply(error))
+            # It leaves when it hears that, or else is made to.
+            self._watching = loop.call_later(GOODBYE_TIMEOUT_S, self._connection.abort)
+            return
+        self._watching = loop.call_later(limit_s, self._watch, identify, received)
+
+    def drop(self, reason: str) -> None:
+        """End the connection at once; ``run`` learns of it."""
+        logger.info("%s dropped: %s", self.name, reason)
+        self._connection.abort()
+
     async def say_goodbye(self, error: PrivateLoRAError) -> None:
         """Tell the edge why the connection ends, as far as it still can be told."""
         try:
@@ -145,21 +183,23 @@ class CloudPeer:
             self._connection.abort()
 
     def close_all(self) -> None:
-        """Free everything this edge held."""
+        """Free everything this edge held but what it may come back for."""
         for session_id in list(self._sessions):
-            self._close(session_id)
+            self._close(session_id, may_return=True)
         self._service.withdraw_all(self)
         self._outbox.abort()
 
     def admit(self, message: OpenSession) -> None:
         """Open a session for which there is room."""
         try:
-            session = self._service.open_session(self, message)
+            session, token = self._service.open_session(self, message)
         except (RequestError, CapacityError) as error:
             self.refuse(message.session_id, error)
             return
         self._sessions[message.session_id] = session
-        self._post(SessionOpened(message.session_id, message.max_positions))
+        self._post(
+            SessionOpened(message.session_id, message.max_positions, session.num_positions, token)
+        )
 
     def refuse(self, session_id: int, error: PrivateLoRAError) -> None:
         """Do not let a session in, and say why."""
@@ -171,6 +211,11 @@ class CloudPeer:
         logger.info("%s session %d: %s", self.name, session_id, error)
         self._close(session_id)
         self._post(error_reply(error, session_id))
+
+    def lose(self, session_id: int) -> None:
+        """A session goes on on another connection."""
+        self._close(session_id, may_return=True)
+        self._post(error_reply(SessionEvicted("it was resumed on another connection"), session_id))
 
     def _post(self, message: Message) -> None:
         self._outbox.post(self._wire.send(message))
@@ -217,10 +262,10 @@ class CloudPeer:
         except (RequestError, CapacityError) as error:
             self.refuse(message.session_id, error)
 
-    def _close(self, session_id: int) -> None:
+    def _close(self, session_id: int, *, may_return: bool = False) -> None:
         session = self._sessions.pop(session_id, None)
         if session is not None:
-            self._service.close_session(session)
+            self._service.close_session(session, may_return=may_return)
         else:
             self._service.withdraw(self, session_id)
 

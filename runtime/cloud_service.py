@@ -2,7 +2,8 @@
 
 A session waits its turn at the door when there is no room (``ask_for_room``), gets memory as its
 positions are used (``make_room``), and may lose it again while it is idle: its edge holds the
-text and rebuilds the cache when it goes on.
+text and rebuilds the cache when it goes on. When its connection is lost, its cache is kept for a
+while, for the edge to come back with the session's token.
 """
 
 from __future__ import annotations
@@ -30,9 +31,12 @@ from privatelora.errors import (
 from privatelora.partition.plan import Plan
 from privatelora.runtime.batch_runner import BatchRunner, Observer
 from privatelora.runtime.client_accounts import ClientAccounts, ClientLimits
-from privatelora.runtime.client_tokens import Tokens, identify
+from privatelora.runtime.client_tokens import KnownTokens, digest, identify
 from privatelora.runtime.cloud_peer import CloudPeer, Session
+from privatelora.runtime.connection_limits import ConnectionLimits
+from privatelora.runtime.detached import Detached, DetachedCaches, new_resume_token
 from privatelora.runtime.engine import Engine
+from privatelora.runtime.kv_cache import KVCache
 from privatelora.runtime.payload.codec import CODEC_NAMES
 from privatelora.runtime.scheduler import Scheduler
 from privatelora.runtime.telemetry import CloudMetrics, Occupancy
@@ -49,16 +53,22 @@ LOOK_AGAIN_S = 0.1
 class CloudLimits:
     """What one cloud gives away at most.
 
-    What ends in ``per_client`` is of ``ClientLimits``.
-    ``max_batch_rows``: rows that the engine computes at once; a longer step runs alone.
-    ``max_waiting``: sessions that wait for room; ``max_wait_s``: how long. ``min_idle_s``: how
-    long a session must have been idle before its memory may go to another.
+    What ends in ``per_client`` is of ``ClientLimits``, but for connections.
+    ``max_connections``: of edges that have greeted. ``max_silence_s``: how long nothing may come
+    from one of them; at the latest after twice as long it is dropped. ``max_batch_rows``: rows that
+    the engine computes at once; a longer step runs alone. ``max_waiting``: sessions that wait for
+    room; ``max_wait_s``: how long. ``min_idle_s``: how long a session must have been idle before
+    its memory may go to another. ``resume_timeout_s``: how long the cache of a session is kept
+    whose connection was lost; 0 is not at all.
     """
 
     max_sessions: int
     max_positions: int
     max_cached_positions: int
     max_frame_nbytes: int
+    max_connections: int = 1024
+    max_connections_per_client: int = 64
+    max_silence_s: float = 60.0
     max_sessions_per_client: int = 16
     max_cached_positions_per_client: int | None = None
     max_steps_per_s_per_client: float | None = None
@@ -66,6 +76,7 @@ class CloudLimits:
     max_waiting: int = 64
     max_wait_s: float = 10.0
     min_idle_s: float = 2.0
+    resume_timeout_s: float = 120.0
 
 
 @dataclass
@@ -86,7 +97,7 @@ class CloudService:
         limits: CloudLimits,
         observer: Observer | None = None,
         make_scheduler: Callable[..., Scheduler] = Scheduler,
-        tokens: Tokens | None = None,
+        tokens: KnownTokens | None = None,
     ) -> None:
         """Serve those who have one of ``tokens``, or everybody.
 
@@ -122,9 +133,15 @@ class CloudService:
                 limits.max_steps_per_s_per_client,
             )
         )
+        self.connections = ConnectionLimits(
+            limits.max_connections, limits.max_connections_per_client
+        )
         self._numbers = itertools.count()
         self._sessions: OrderedDict[int, Session] = OrderedDict()
         """By number; those not used for longest first."""
+        self._resumable: dict[str, Session] = {}
+        """By the digests of their tokens."""
+        self._detached = DetachedCaches(limits.resume_timeout_s, limits.max_sessions_per_client)
         self._waiting: OrderedDict[tuple[CloudPeer, int], _Waiting] = OrderedDict()
         self._is_draining = False
 
@@ -133,6 +150,7 @@ class CloudService:
         peer = CloudPeer(self, connection, partial(identify, connection, tokens=self._tokens))
         with self.metrics.counting(connection):
             try:
+                self.connections.arrive(peer)
                 if self._is_draining:
                     raise _shutting_down()
                 await peer.run()
@@ -147,6 +165,7 @@ class CloudService:
                 await peer.say_goodbye(error)
             finally:
                 peer.close_all()
+                self.connections.leave(peer)
 
     async def drain(self, timeout_s: float) -> None:
         """Let nobody in any more; return when no session is left or ``timeout_s`` is over.
@@ -154,6 +173,8 @@ class CloudService:
         Sessions go on until their edge closes them or they are idle for ``min_idle_s``.
         """
         self._is_draining = True
+        while self._detached.free_oldest():
+            pass
         for (peer, session_id), waiting in list(self._waiting.items()):
             waiting.timer.cancel()
             del self._waiting[peer, session_id]
@@ -169,7 +190,10 @@ class CloudService:
     # Sessions
 
     def ask_for_room(self, peer: CloudPeer, message: OpenSession) -> None:
-        """Admit a session now or when there is room. Raises RequestError or CapacityError."""
+        """Admit a session now or when there is room. Raises RequestError or CapacityError.
+
+        One that is to be resumed gives up its place on the connection that it is still on.
+        """
         if self._is_draining:
             raise _shutting_down()
         limits = self.limits
@@ -178,6 +202,10 @@ class CloudService:
                 f"a sequence of {message.max_positions} positions is not possible; this cloud "
                 f"offers up to {limits.max_positions}"
             )
+        if message.resume is not None:
+            session = self._resumable.get(digest(message.resume))
+            if session is not None and session.peer.client == peer.client:
+                session.peer.lose(session.session_id)
         num_waiting = sum(waiting.peer.client == peer.client for waiting in self._waiting.values())
         self.accounts.require_session(peer.client, num_waiting)
         if not self._waiting and len(self._sessions) < limits.max_sessions:
@@ -187,28 +215,62 @@ class CloudService:
         else:
             raise self._full()
 
-    def open_session(self, peer: CloudPeer, message: OpenSession) -> Session:
-        """Make a session for which there is room."""
+    def open_session(self, peer: CloudPeer, message: OpenSession) -> tuple[Session, str | None]:
+        """Make a session for which there is room, with the cache that it is to be resumed with.
+
+        Returns it with the token by which it can be resumed in turn.
+        """
+        kv, num_positions = self._cache_for(peer, message)
         session = Session(
             number=next(self._numbers),
             session_id=message.session_id,
             peer=peer,
-            kv=self._pool.open(message.max_positions),
+            kv=kv,
             hidden_codec=message.hidden_codec,
             exchange_codec=message.exchange_codec,
+            num_positions=num_positions,
         )
+        token = None
+        if self.limits.resume_timeout_s:
+            token = new_resume_token()
+            session.token_digest = digest(token)
+            self._resumable[session.token_digest] = session
         self._sessions[session.number] = session
         self.accounts.open(peer.client, session.number, session.kv)
         self.metrics.sessions_opened += 1
         self.runner.open(session.number, peer.client)
-        return session
+        return session, token
 
-    def close_session(self, session: Session) -> None:
-        """Free a session and let in whoever waits."""
+    def _cache_for(self, peer: CloudPeer, message: OpenSession) -> tuple[KVCache, int]:
+        """The cache a session begins with, and how many positions are in it."""
+        if message.resume is not None:
+            detached = self._detached.take(message.resume, peer.client)
+            if detached is not None:
+                if detached.kv.capacity == message.max_positions:
+                    self.metrics.sessions_resumed += 1
+                    return detached.kv, detached.num_positions
+                detached.kv.release()
+        return self._pool.open(message.max_positions), 0
+
+    def close_session(self, session: Session, *, may_return: bool = False) -> None:
+        """End a session and let in whoever waits.
+
+        ``may_return``: its cache is kept for a while, as far as its steps have ended.
+        """
         del self._sessions[session.number]
         self.accounts.close(session.peer.client, session.number)
         self.runner.close(session.number, session.steps)
-        session.kv.release()
+        if session.token_digest is not None:
+            del self._resumable[session.token_digest]
+        num_positions = min(
+            [step.context.position for step in session.steps.values()],
+            default=session.num_positions,
+        )
+        if may_return and num_positions and session.token_digest and not self._is_draining:
+            client = session.peer.client
+            self._detached.keep(session.token_digest, Detached(client, session.kv, num_positions))
+        else:
+            session.kv.release()
         self._admit_next()
 
     def note_used(self, session: Session, num_positions: int) -> None:
@@ -277,7 +339,12 @@ class CloudService:
     def _occupancy(self) -> Occupancy:
         pool = self._pool
         return Occupancy(
-            len(self._sessions), len(self._waiting), pool.num_used_blocks, pool.num_blocks
+            self.connections.num_clients,
+            len(self._sessions),
+            len(self._detached),
+            len(self._waiting),
+            pool.num_used_blocks,
+            pool.num_blocks,
         )
 
     def _full(self) -> CapacityError:
@@ -296,6 +363,8 @@ class CloudService:
                 attempt()
                 return
             except CapacityError as error:
+                if client is None and self._detached.free_oldest():
+                    continue
                 if not self._evict_idle(besides, client):
                     error.retry_after_s = self.limits.min_idle_s
                     raise

@@ -32,6 +32,13 @@ class CloudConfig(LinkConfig):
     """Compute dtype; ``auto`` is the shard's."""
     num_threads: int | None = Field(default=None, gt=0)
     """CPU threads for tensor work; default: all cores."""
+    max_connections: int = Field(default=1024, gt=0)
+    """Edges connected at once; others are turned away."""
+    max_connections_per_client: int = Field(default=64, gt=0)
+    """A client is a certificate, a key or a token, or else a machine."""
+    max_silence_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+    """How long nothing may come from an edge before its connection is dropped. Edges that have
+    nothing to say ask every ``keepalive_s`` whether the cloud is there."""
     max_sessions: int = Field(default=64, gt=0)
     """Conversations that are held at once; others wait."""
     max_positions: int = Field(default=8192, gt=0)
@@ -39,7 +46,7 @@ class CloudConfig(LinkConfig):
     max_cached_positions: int = Field(default=131072, gt=0)
     """KV cache positions of all sessions together. Idle sessions lose theirs first."""
     max_sessions_per_client: int = Field(default=16, gt=0)
-    """A client is a certificate, a key or a token, or else a machine."""
+    """Open or waiting."""
     max_cached_positions_per_client: int | None = Field(default=None, gt=0)
     """KV cache positions of all sessions of one client together; its own idle sessions lose theirs
     first, and no other's. Default: all there are."""
@@ -56,6 +63,9 @@ class CloudConfig(LinkConfig):
     min_idle_s: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     """How long a session must be idle before its memory may go to another; it is rebuilt when its
     conversation goes on."""
+    resume_timeout_s: float = Field(default=120.0, ge=0, allow_inf_nan=False)
+    """How long what a session has cached is kept when its connection is lost, for its edge to come
+    back; memory that others need is taken from there first. 0: not at all."""
     max_batch_rows: int | None = Field(default=None, gt=0)
     """Rows computed at once: more is faster for long prompts, and holds up the answers of others.
     Default: 64 on a processor, where others keep their fair share of the time with that, and 512 on
@@ -110,6 +120,9 @@ class EdgeConfig(LinkConfig):
     """Longest wait for a connection to the cloud."""
     step_timeout_s: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     """Longest wait for one answer of the cloud."""
+    keepalive_s: float = Field(default=15.0, gt=0, allow_inf_nan=False)
+    """After this long without a word the cloud is asked whether it is there, and after as long
+    again without an answer the connection counts as lost."""
     reconnect_timeout_s: float = Field(default=60.0, ge=0, allow_inf_nan=False)
     """How long an answer under way waits for a cloud that was lost, to go on where it was."""
 

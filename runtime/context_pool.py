@@ -85,7 +85,7 @@ class ContextPool:
 
     @asynccontextmanager
     async def _one(self, model: str, token_ids: Seq[int]) -> AsyncIterator[Context]:
-        context = await self._find(model, token_ids) or await self._open(model)
+        context = self._find(model, token_ids) or await self._open(model)
         is_good = False
         try:
             yield context
@@ -94,17 +94,14 @@ class ContextPool:
             is_good = True
             raise
         finally:
-            if is_good and context.is_open:
+            if is_good:
                 self._idle.append(
                     _Idle(model, context, min(len(token_ids), len(context.token_ids)))
                 )
             else:
                 await context.aclose()
 
-    async def _find(self, model: str, token_ids: Seq[int]) -> Context | None:
-        for lost in [idle for idle in self._idle if not idle.context.is_open]:
-            self._idle.remove(lost)
-            await lost.context.aclose()
+    def _find(self, model: str, token_ids: Seq[int]) -> Context | None:
         best, longest = None, 0
         for idle in self._idle:
             shared = common_prefix(idle.context.token_ids, token_ids)

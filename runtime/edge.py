@@ -59,6 +59,7 @@ class Edge:
                 impaired=config.impaired,
                 connect_timeout_s=config.connect_timeout_s,
                 step_timeout_s=config.step_timeout_s,
+                keepalive_s=config.keepalive_s,
                 max_frame_nbytes=config.max_frame_mib * 2**20,
                 spin_s=config.spin_s,
                 token=token,

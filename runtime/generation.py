@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from tokenizers import Tokenizer
 
-from privatelora.errors import RequestError, SessionEvicted, TransportError
+from privatelora.errors import ProtocolError, RequestError, SessionEvicted, TransportError
 from privatelora.runtime.json_constraint import JsonConstraint
 from privatelora.runtime.language_model import LanguageModel, Sequence, Traffic
 from privatelora.runtime.recovery import recover
@@ -83,7 +83,7 @@ class Context:
     """A sequence together with the tokens its cache holds, so that only new ones are run.
 
     A cache that the cloud needed elsewhere, or that was lost with the link to it, is rebuilt from
-    those tokens when it is needed again.
+    those tokens when it is needed again, as far as the cloud does not have it any more.
     """
 
     def __init__(
@@ -92,7 +92,6 @@ class Context:
         self._model = model
         self._patience_s = patience_s
         self._sequence = sequence
-        self._earlier_traffic = Traffic()
         self.max_positions = max_positions
         self.token_ids: list[int] = []
 
@@ -103,13 +102,8 @@ class Context:
 
     @property
     def traffic(self) -> Traffic:
-        """What the sequence sent and got up to now, and those before it that were evicted."""
-        return self._earlier_traffic.plus(self._sequence.traffic)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it can be advanced still."""
-        return self._sequence.is_open
+        """What the sequence sent and got up to now."""
+        return self._sequence.traffic
 
     @classmethod
     async def open(
@@ -150,21 +144,15 @@ class Context:
         return await self._rebuilding(score_all, token_ids)
 
     async def _rebuilding(self, run: Callable[[Seq[int]], Awaitable[T]], token_ids: Seq[int]) -> T:
-        async def run_anew() -> T:
-            await self._rebuild()
+        async def run_again() -> T:
+            # What was run and what the cloud still has of it: both go back to the shorter.
+            del self.token_ids[await self._sequence.reopen() :]
             return await run(token_ids)
 
         try:
-            return await run(token_ids)
-        except (SessionEvicted, TransportError) as error:
-            return await recover(run_anew, error, self._patience_s)
-
-    async def _rebuild(self) -> None:
-        sequence = await self._model.open_sequence(self.max_positions)
-        self.token_ids.clear()
-        self._earlier_traffic = self.traffic
-        lost, self._sequence = self._sequence, sequence
-        await lost.aclose()
+            return await (run(token_ids) if self._sequence.is_open else run_again())
+        except (SessionEvicted, TransportError, ProtocolError) as error:
+            return await recover(run_again, error, self._patience_s)
 
     async def _advance(self, token_ids: Seq[int]) -> torch.Tensor:
         start = min(common_prefix(self.token_ids, token_ids), len(token_ids) - 1)

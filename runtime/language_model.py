@@ -52,8 +52,9 @@ class Traffic:
 class Sequence(Protocol):
     """One conversation's tokens and their KV cache, wherever it lies."""
 
-    traffic: Traffic
-    """Since the sequence was opened; stays zero where nothing is sent."""
+    @property
+    def traffic(self) -> Traffic:
+        """Since the sequence was opened first; stays zero where nothing is sent."""
 
     async def forward(self, token_ids: Seq[int], position: int, rows: Rows) -> torch.Tensor:
         """Run ``token_ids`` at ``position`` on; logits (rows, vocab_size) float32.
@@ -76,6 +77,12 @@ class Sequence(Protocol):
     @property
     def is_open(self) -> bool:
         """Whether it can be run still: it was not closed, and the other side not lost."""
+
+    async def reopen(self) -> int:
+        """Open it again after it was lost, but not closed; positions that its cache still holds.
+
+        Raises as ``LanguageModel.open_sequence``.
+        """
 
     async def aclose(self) -> None:
         """Free the cache. May be repeated."""
@@ -171,7 +178,6 @@ class UnsplitSequence:
         self._engine = engine
         self._matrices = matrices
         self._kv = engine.new_cache(max_positions)
-        self.traffic = Traffic()
 
     async def forward(self, token_ids: Seq[int], position: int, rows: Rows) -> torch.Tensor:
         """See ``Sequence.forward``."""
@@ -189,9 +195,18 @@ class UnsplitSequence:
             position += len(chunk)
 
     @property
+    def traffic(self) -> Traffic:
+        """See ``Sequence.traffic``."""
+        return Traffic()
+
+    @property
     def is_open(self) -> bool:
         """See ``Sequence.is_open``."""
         return True
+
+    async def reopen(self) -> int:
+        """See ``Sequence.reopen``; it is never lost, so nobody has a reason to."""
+        return 0
 
     async def aclose(self) -> None:
         """See ``Sequence.aclose``; the memory goes with the object."""

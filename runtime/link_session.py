@@ -11,7 +11,6 @@ from privatelora.errors import (
     ConnectionClosed,
     PrivateLoRAError,
     RemoteProtocolError,
-    SessionEvicted,
 )
 from privatelora.runtime.exchange import StepExchanges
 from privatelora.runtime.language_model import Traffic
@@ -73,21 +72,28 @@ class LinkSession:
         """What was asked and has not ended, by step id, oldest first."""
         self.failure: PrivateLoRAError | None = None
         """Why the session is over."""
+        self.num_positions = 0
+        """That its cache held when it was opened."""
+        self.resume_token: str | None = None
+        """With which another session can go on with that cache, on another connection."""
         self._link = link
         self._last_step_id = -1
         self._settling: asyncio.Future[None] | None = None
 
     @property
     def is_open(self) -> bool:
-        """Whether it can go on, if need be after its cache was rebuilt."""
-        return self.failure is None or isinstance(self.failure, SessionEvicted)
+        """Whether it can be stepped still."""
+        return self.failure is None
 
     async def open(self, message: OpenSession) -> None:
         """Open the session on the cloud."""
         opening = LinkStep(StepExchanges(None, 0, ""))
         async with self._link.deadline():
             self._ask(_OPENING, message, opening)
-            await self._outcome(opening)
+            opened = await self._outcome(opening)
+        if not isinstance(opened, SessionOpened):
+            raise RemoteProtocolError(f"the cloud opened a session with {opened!r}")
+        self.num_positions, self.resume_token = opened.num_positions, opened.resume
 
     def begin(
         self,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import importlib
+import resource
 import signal
 from collections.abc import Coroutine
 from typing import Any, Self, TypeVar
@@ -16,6 +18,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 def run(main: Coroutine[Any, Any, T]) -> T:
     """Run ``main`` to its end on uvloop, or on asyncio's own loop where uvloop is missing."""
+    raise_descriptor_limit()
     try:
         factory = importlib.import_module("uvloop").new_event_loop
     except ImportError:
@@ -25,6 +28,17 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     gc.freeze()
     with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(main)
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process open as many files and sockets as the system lets it ask for.
+
+    What programs get without asking is often 1024, kept low for those that use ``select()``.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # macOS says "unlimited" and means less
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class StopSignals:

@@ -9,17 +9,27 @@ from typing import TypeVar
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 from tenacity.wait import wait_random_exponential
 
-from privatelora.errors import CapacityError, PrivateLoRAError, SessionEvicted, TransportError
+from privatelora.errors import (
+    AuthError,
+    CapacityError,
+    PrivateLoRAError,
+    ProtocolError,
+    SessionEvicted,
+    TransportError,
+)
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-RECOVERABLE = (TransportError, CapacityError)
+RECOVERABLE = (TransportError, CapacityError, ProtocolError, AuthError)
 """A cloud that comes back may be full at first; that passes too."""
 
 MAX_EVICTIONS = 3
 """How often in a row a cache is rebuilt; a cloud that takes it away each time has no room."""
+MAX_BREACHES = 5
+"""How often bytes that make no sense are taken for damage on the way, in whatever they appear, a
+handshake as well. Where they come each time, something is wrong that does not pass."""
 
 _backoff = wait_random_exponential(multiplier=0.1, max=5.0)
 """Random, so that all edges of a cloud that comes back do not come at once."""
@@ -30,19 +40,25 @@ async def recover(
 ) -> T:
     """Do again what failed with ``error``, until it succeeds.
 
-    ``mend`` has to begin with making a new session. Lost links are waited for ``patience_s``
+    ``mend`` has to begin with opening the session again. Lost links are waited for ``patience_s``
     seconds, 0 for not at all. Raises what ``mend`` failed with last.
     """
     if not isinstance(error, SessionEvicted):
         if patience_s <= 0:
             raise error
         logger.warning("%s; trying to go on for %g s", error, patience_s)
+    num_evictions = num_breaches = 0
 
     def is_over(state: RetryCallState) -> bool:
+        nonlocal num_evictions, num_breaches
         failure = None if state.outcome is None else state.outcome.exception()
         if isinstance(failure, SessionEvicted):
-            return state.attempt_number >= MAX_EVICTIONS
-        return (state.seconds_since_start or 0.0) >= patience_s
+            num_evictions += 1
+            return num_evictions >= MAX_EVICTIONS
+        if isinstance(failure, ProtocolError | AuthError):
+            num_breaches += 1
+        is_late = (state.seconds_since_start or 0.0) >= patience_s
+        return is_late or num_breaches >= MAX_BREACHES
 
     def pause(state: RetryCallState) -> float:
         failure = None if state.outcome is None else state.outcome.exception()

@@ -7,6 +7,7 @@ import os
 from pydantic import SecretStr, model_validator
 
 from privatelora.errors import ConfigError
+from privatelora.plain_file import open_plain
 from privatelora.runtime.link_config import ConfigPath, Settings
 
 MAX_SECRET_NBYTES = 4096
@@ -32,7 +33,7 @@ class SecretConfig(Settings):
         if self.file is not None:
             where = str(self.file)
             try:
-                with self.file.open("rb") as file:
+                with open_plain(self.file) as file:
                     secret = file.read(MAX_SECRET_NBYTES + 1).decode().strip()
             except OSError as error:
                 raise ConfigError(f"cannot read the secret in {where}: {error.strerror}") from error

@@ -183,9 +183,8 @@ class SplitModel:
 
     async def open_sequence(self, max_positions: int) -> SplitSequence:
         """Reserve a cache on the cloud. Raises CapacityError, RequestError, TransportError."""
-        link = await self._access.link()
-        sequence = SplitSequence(self._parts, link, self._matrices)
-        await sequence.open(min(max_positions, self.max_positions))
+        sequence = SplitSequence(self._parts, self._access, self._matrices, max_positions)
+        await sequence.open()
         return sequence
 
 
@@ -203,20 +202,48 @@ class _Step:
 class SplitSequence:
     """One sequence: its cache lies with the cloud, and with the edge for the edge's layers."""
 
-    def __init__(self, parts: EdgeParts, link: CloudLink, matrices: PrivateMatrices | None) -> None:
+    def __init__(
+        self,
+        parts: EdgeParts,
+        access: CloudAccess,
+        matrices: PrivateMatrices | None,
+        max_positions: int,
+    ) -> None:
+        """Made by ``SplitModel.open_sequence``, which opens it."""
         self._parts = parts
+        self._access = access
         self._matrices = matrices
-        self._link = link
-        self._codecs = link.codecs
+        self._max_positions = max_positions
         self._session: LinkSession | None = None
-        self.traffic = Traffic()
+        self._earlier_traffic = Traffic()
 
-    async def open(self, max_positions: int) -> None:
+    async def open(self) -> None:
         """Open the session on the cloud and the caches here."""
-        self._session = await self._link.open_session(max_positions)
-        self.traffic = self._session.traffic
-        self._first_kv = self._parts.first.new_cache(max_positions)
-        self._last_kv = self._parts.last.new_cache(max_positions)
+        await self._open_on(await self._access.link(), None)
+        self._first_kv = self._parts.first.new_cache(self._max_positions)
+        self._last_kv = self._parts.last.new_cache(self._max_positions)
+
+    async def reopen(self) -> int:
+        """See ``Sequence.reopen``."""
+        lost = self._open_session()
+        session = await self._open_on(await self._access.link(), lost.resume_token)
+        self._earlier_traffic = self._earlier_traffic.plus(lost.traffic)
+        await lost.aclose()
+        return session.num_positions
+
+    async def _open_on(self, link: CloudLink, resume: str | None) -> LinkSession:
+        offered = self._access.max_positions  # which is only known now
+        self._max_positions = min(self._max_positions, offered)
+        self._session = session = await link.open_session(self._max_positions, resume)
+        self._link, self._codecs = link, link.codecs
+        return session
+
+    @property
+    def traffic(self) -> Traffic:
+        """See ``Sequence.traffic``."""
+        if self._session is None:
+            return self._earlier_traffic
+        return self._earlier_traffic.plus(self._session.traffic)
 
     async def forward(self, token_ids: Seq[int], position: int, rows: Rows) -> torch.Tensor:
         """See ``Sequence.forward``."""
@@ -248,6 +275,7 @@ class SplitSequence:
     async def aclose(self) -> None:
         """See ``Sequence.aclose``."""
         if self._session is not None:
+            self._earlier_traffic = self.traffic
             session, self._session = self._session, None
             await session.aclose()
 

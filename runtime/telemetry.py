@@ -41,7 +41,9 @@ TIME_BOUNDS = (
 class Occupancy(NamedTuple):
     """How full a cloud is now."""
 
+    connections: int
     sessions: int
+    detached_sessions: int
     waiting_sessions: int
     kv_blocks_used: int
     kv_blocks: int
@@ -93,6 +95,7 @@ class CloudMetrics(Collector):
         self.sessions_opened = 0
         self.sessions_refused = 0
         self.sessions_evicted = 0
+        self.sessions_resumed = 0
         self._occupancy = occupancy
         self._batch_rows = _Histogram(COUNT_BOUNDS)
         self._batch_steps = _Histogram(COUNT_BOUNDS)
@@ -195,6 +198,11 @@ class CloudMetrics(Collector):
             ("sessions_opened", "Sessions that were let in.", self.sessions_opened),
             ("sessions_refused", "Sessions that were not let in.", self.sessions_refused),
             ("sessions_evicted", "Idle sessions that lost their cache.", self.sessions_evicted),
+            (
+                "sessions_resumed",
+                "Sessions that went on with the cache they had.",
+                self.sessions_resumed,
+            ),
             ("sent_bytes", "Bytes sent to edges, framing included.", sent),
             ("received_bytes", "Bytes received from edges, framing included.", received),
         ):
@@ -202,9 +210,15 @@ class CloudMetrics(Collector):
         yield from self._by_place()
         now = self._occupancy()
         for name, text, value in (
+            ("connections", "Edges that are connected.", now.connections),
             ("sessions", "Sessions that are open.", now.sessions),
+            (
+                "detached_sessions",
+                "Caches kept for edges that lost their connection.",
+                now.detached_sessions,
+            ),
             ("waiting_sessions", "Sessions that wait for room.", now.waiting_sessions),
-            ("kv_blocks_used", "Blocks of the KV cache that sessions hold.", now.kv_blocks_used),
+            ("kv_blocks_used", "Blocks of the KV cache in use.", now.kv_blocks_used),
             ("kv_blocks", "Blocks that the KV cache has.", now.kv_blocks),
         ):
             yield GaugeMetricFamily(PREFIX + name, text, value)

@@ -8,6 +8,7 @@ overlap lie in rows of their own, because events of one row may not overlap part
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +41,8 @@ class Trace:
         self._batches: list[tuple[Batch, float, float]] = []
         self._waits: list[tuple[StepKey, int, float, float]] = []
         try:
+            if path.exists() and not path.is_file():  # opening a pipe would wait for a reader
+                raise OSError(errno.EINVAL, "not a plain file")
             path.open("a").close()
         except OSError as error:
             raise self._unwritable(error) from error

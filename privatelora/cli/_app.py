@@ -21,6 +21,7 @@ from privatelora.errors import ConfigError, PrivateLoRAError
 # the same processors: cloud and edge on one machine ran 20 times slower. Read when torch loads.
 SPIN_COUNT = "5000"
 
+MAX_LINE_CHARS = 2000
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 
@@ -57,10 +58,16 @@ def run(app: typer.Typer) -> None:
     try:
         app()
     except PrivateLoRAError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(EXIT_ERROR)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+
+
+def printable(text: str) -> str:
+    """One line of bounded length. Names in files may hold what moves a terminal's cursor."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    return line if len(line) <= MAX_LINE_CHARS else f"{line[:MAX_LINE_CHARS]}..."
 
 
 def set_thread_defaults() -> None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from privatelora.errors import PrivateLoRAError
 
@@ -24,7 +24,7 @@ def num_threads_beside_another() -> int:
 class Daemon:
     """A daemon that talks in lines on its standard input and output.
 
-    What it logs goes to this program's standard error. Leaving the context ends it.
+    What it logs goes to this program's standard error, or to a file. Leaving the context ends it.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class Daemon:
         module: str,
         *arguments: Path | str,
         environment: Mapping[str, str] | None = None,
+        log: IO[str] | None = None,
     ) -> None:
         """Start ``python -m module arguments``, ``environment`` added to this one's."""
         self._name = module.rpartition(".")[2]
@@ -39,6 +40,7 @@ class Daemon:
             [sys.executable, "-m", module, *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=log,
             text=True,
             encoding="utf-8",
             env={**os.environ, **(environment or {})},

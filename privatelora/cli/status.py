@@ -239,9 +239,12 @@ def _cloud_fields(state: Mapping[str, Any]) -> dict[str, str]:
     return {
         "cloud": str(state["address"]),
         "state": str(state["state"]),
-        "sessions": f"{count('sessions')} open, {count('waiting_sessions')} wait",
+        "edges": f"{count('connections')} connected",
+        "sessions": f"{count('sessions')} open, {count('waiting_sessions')} wait, "
+        f"{count('detached_sessions')} may come back",
         "so far": f"{count('sessions_opened_total')} opened, "
-        f"{count('sessions_refused_total')} refused, {count('sessions_evicted_total')} evicted",
+        f"{count('sessions_refused_total')} refused, {count('sessions_evicted_total')} evicted, "
+        f"{count('sessions_resumed_total')} resumed",
         "KV cache": f"{used:,.0f} of {blocks:,.0f} blocks ({used / max(blocks, 1):.0%})",
         "throughput": f"{rates.get('positions', 0):,.1f} tokens/s, "
         f"{rates.get('batches', 0):,.1f} batches/s",

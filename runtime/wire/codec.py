@@ -88,15 +88,15 @@ def decode(frame: memoryview, limits: WireLimits) -> Message:
     """
     if len(frame) < PRELUDE.size + _CHECKSUM.size:
         raise RemoteProtocolError(
-            f"a frame of {len(frame)} bytes is too short to be a message; is the peer a PrivateLoRA "
-            "program?"
+            f"a frame of {len(frame)} bytes is too short to be a message; is the peer a "
+            "PrivateLoRA program?"
         )
     content = frame[: -_CHECKSUM.size]
     if zlib.crc32(content) != _CHECKSUM.unpack_from(frame, len(content))[0]:
         require_version(frame)  # of whose frames this end does not know how they end
         raise RemoteProtocolError(
-            f"a frame of {len(frame)} bytes does not have the checksum it ends with: it was "
-            "damaged on the way, or the peer is no PrivateLoRA program"
+            f"a frame of {len(frame)} bytes does not end with its checksum: it was damaged on the "
+            "way; or is the peer a PrivateLoRA program at all?"
         )
     decoder = _DECODERS.get(frame[0])
     if decoder is None:

@@ -69,11 +69,12 @@ class FakeSequence:
         self._max_positions = max_positions
         self.cached: list[int] = []
         self.closed = False
+        self.lost = False
         self.traffic = Traffic()
 
     async def forward(self, token_ids: Seq[int], position: int, rows: Rows) -> torch.Tensor:
         model = self._model
-        assert not self.closed
+        assert self.is_open
         assert 0 < len(token_ids) <= model.max_step_positions
         assert position <= len(self.cached), "a gap"
         assert position + len(token_ids) <= self._max_positions
@@ -82,6 +83,7 @@ class FakeSequence:
         if model.failures:
             # It may have got anywhere before it failed.
             self.cached.extend(token_ids[: len(token_ids) // 2])
+            self.lost = True
             raise model.failures.pop()
         await asyncio.sleep(0)
         self.cached.extend(token_ids)
@@ -107,7 +109,15 @@ class FakeSequence:
 
     @property
     def is_open(self) -> bool:
-        return not self.closed
+        return not self.closed and not self.lost
+
+    async def reopen(self) -> int:
+        assert not self.closed
+        if self._model.refusals:
+            raise self._model.refusals.pop()
+        self.lost = False
+        del self.cached[self._model.num_kept :]
+        return len(self.cached)
 
     async def aclose(self) -> None:
         self.closed = True
@@ -130,7 +140,9 @@ class FakeModel:
         self.failures: list[PrivateLoRAError] = []
         """Raised by the next steps, the last one first."""
         self.refusals: list[PrivateLoRAError] = []
-        """Raised instead of opening another sequence, the last one first."""
+        """Raised instead of opening a sequence again, the last one first."""
+        self.num_kept = 0
+        """Positions at most that are still there when one is opened again."""
         self.sequences: list[FakeSequence] = []
         self.max_sequences = 100
         """Open ones."""
@@ -138,8 +150,6 @@ class FakeModel:
     async def open_sequence(self, max_positions: int) -> FakeSequence:
         if max_positions > self.max_positions:
             raise RequestError("too long")
-        if self.refusals and self.sequences:
-            raise self.refusals.pop()
         if sum(not sequence.closed for sequence in self.sequences) >= self.max_sequences:
             raise CapacityError("the cloud is full")
         self.sequences.append(FakeSequence(self, max_positions))

@@ -23,6 +23,7 @@ from privatelora.runtime.wire.messages import (
     Role,
     SessionOpened,
     StepBegin,
+    StepEnd,
     TensorPayload,
 )
 from privatelora.runtime.wire.prelude import WireLimits
@@ -77,9 +78,19 @@ class RawEdge(RawPeer):
         self.world = world
         self._matrices = world.matrices()
 
-    async def open(self, session_id: int, max_positions: int = 64) -> None:
-        await self.say(OpenSession(session_id, max_positions, "fp32", "fp32"))
-        await self.hear(SessionOpened)
+    async def open(
+        self, session_id: int, max_positions: int = 64, resume: str | None = None
+    ) -> SessionOpened:
+        await self.say(OpenSession(session_id, max_positions, "fp32", "fp32", resume))
+        return await self.hear(SessionOpened)
+
+    async def run(self, session_id: int, step_id: int, position: int, tokens: list[int]) -> StepEnd:
+        """Run a step to its end."""
+        await self.say(self.begin(session_id, step_id, position, tokens))
+        while isinstance(message := await self.hear(object), ExchangeRequest):
+            await self.say(self.answer(message))
+        assert isinstance(message, StepEnd), message
+        return message
 
     def begin(self, session_id: int, step_id: int, position: int, tokens: list[int]) -> StepBegin:
         """The step as it should be, for plans whose first exchange point is folded."""
@@ -111,11 +122,11 @@ class RawEdge(RawPeer):
 
 
 @asynccontextmanager
-async def raw_edge(world: World, address: str) -> AsyncIterator[RawEdge]:
+async def raw_edge(world: World, address: str, token: str | None = None) -> AsyncIterator[RawEdge]:
     """Connect and greet."""
     async with await connect(address, Limits()) as connection:
         edge = RawEdge(world, connection)
-        await edge.say(Hello(Role.EDGE, "raw edge", PRINTS, CODEC_NAMES, 2**20))
+        await edge.say(Hello(Role.EDGE, "raw edge", PRINTS, CODEC_NAMES, 2**20, token=token))
         await edge.hear(Hello)
         yield edge
 

@@ -341,7 +341,7 @@ async def greeted_by(words: bytes) -> None:
 
 
 async def test_something_that_is_no_cloud() -> None:
-    with pytest.raises(RemoteProtocolError, match="is the peer a PrivateLoRA program"):
+    with pytest.raises(RemoteProtocolError, match="is the peer a PrivateLoRA program at all"):
         await greeted_by(b"HTTP/1.1 400 Bad Request")
 
 

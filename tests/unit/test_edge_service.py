@@ -12,8 +12,10 @@ from privatelora.errors import (
     CapacityError,
     ConnectError,
     ConnectionClosed,
+    LocalProtocolError,
     PartitionError,
     PrivateLoRAError,
+    RemoteProtocolError,
     RequestError,
     UnknownModel,
 )
@@ -162,13 +164,18 @@ async def test_after_a_failure_it_starts_anew(error: PrivateLoRAError) -> None:
     await service.aclose()
 
 
-async def test_a_sequence_that_was_lost_while_nobody_used_it_is_not_used_again() -> None:
+@pytest.mark.parametrize(("num_kept", "rerun"), [(0, [20, 21, 22, 23]), (2, [22, 23])])
+async def test_a_sequence_that_was_lost_while_nobody_used_it_goes_on(
+    num_kept: int, rerun: list[int]
+) -> None:
     model = FakeModel()
     service = fake_service(model)
-    await say(service, [20, 21])
-    await model.sequences[0].aclose()  # as when the link to the cloud is lost
-    assert await say(service, [20, 21, 22]) == [23]
-    assert len(model.sequences) == 2
+    await say(service, [20, 21, 22])
+    model.sequences[0].lost, model.num_kept = True, num_kept
+    model.taken_steps()
+    assert await say(service, [20, 21, 22, 23]) == [24]
+    assert model.taken_steps() == [(rerun, num_kept, "last")]
+    assert len(model.sequences) == 1
     await service.aclose()
 
 
@@ -219,17 +226,27 @@ def test_parameters_are_the_edges_unless_told() -> None:
 # A cloud that is lost
 
 
-async def test_a_lost_link_is_a_pause() -> None:
+@pytest.mark.parametrize("num_kept", [0, 3, 1000])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionClosed("gone"),
+        RemoteProtocolError("damaged"),
+        LocalProtocolError("they say that this end sent nonsense"),
+    ],
+)
+async def test_a_lost_link_is_a_pause(num_kept: int, error: PrivateLoRAError) -> None:
     model = FakeModel()
+    model.num_kept = num_kept
     service = fake_service(model, patience_s=30.0)
     stats = GenerationStats()
     answer: list[str] = []
     async for piece in service.stream(None, [20, 21], SamplingParams(max_tokens=6), stats):
         if len(answer) == 2:
-            model.failures = [ConnectionClosed("gone"), ConnectionClosed("gone")]
+            model.failures = [error, error]
         answer.append(piece)
     assert stats.token_ids == [22, 23, 24, 25, 26, 27]
-    assert [sequence.closed for sequence in model.sequences] == [True, True, False]
+    assert [sequence.closed for sequence in model.sequences] == [False]
     assert stats.decode_traffic.round_trips > 0
     await service.aclose()
 
@@ -264,6 +281,18 @@ async def test_patience_ends() -> None:
                 pass
     assert 0 < len(model.refusals) < 1000
     assert (await service.status()).open_conversations == 0
+    await service.aclose()
+
+
+async def test_nonsense_without_end_is_an_error() -> None:
+    model = FakeModel()
+    service = fake_service(model, patience_s=1000.0)
+    model.failures = [RemoteProtocolError("nonsense")] * 100
+    pieces = service.stream(None, [20, 21], SamplingParams(max_tokens=4), GenerationStats())
+    with pytest.raises(RemoteProtocolError, match="nonsense"):
+        async for _ in pieces:
+            pass
+    assert 90 < len(model.failures) < 100
     await service.aclose()
 
 

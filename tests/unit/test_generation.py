@@ -200,6 +200,7 @@ async def test_closing_early_leaves_the_context_usable() -> None:
 
 async def test_a_step_that_fails_half_way_is_run_again() -> None:
     model = FakeModel(max_step_positions=4)
+    model.num_kept = 1000
     context = await Context.open(model)
     prompt = list(range(20, 31))
     await tokens_of(context, prompt[:6], max_tokens=1)

@@ -274,8 +274,8 @@ async def test_an_answer_that_overflows_ends_that_sequence_only() -> None:
         other = await careful.open_sequence(64)
         link = await model.link()
         link.codecs = FP32
-        neighbour = SplitSequence(careful._parts, link, split.matrices())
-        await neighbour.open(64)
+        neighbour = SplitSequence(model.parts, model.access, split.matrices(), 64)
+        await neighbour.open()
         link.codecs = FP16
         for sequence in (other, neighbour):
             await sequence.forward(PROMPT[:9], 0, "none")
