@@ -7,11 +7,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from privatelora.runtime.host_port import HostPort
+from privatelora.errors import ConfigError
+from privatelora.runtime.host_port import HostPort, is_remote
 from privatelora.runtime.http_config import HttpConfig
 from privatelora.runtime.link_config import ConfigPath, ImpairedConfig, LinkConfig, PayloadConfig
 from privatelora.runtime.sampling_params import SamplingParams
 from privatelora.runtime.secret_config import SecretConfig
+from privatelora.transports.address import Address, parse_address
 from privatelora.yaml_file import read_yaml
 
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
@@ -23,7 +25,12 @@ class CloudConfig(LinkConfig):
     """Settings of ``privatelora-serve``."""
 
     listen: str
-    """Address to listen on, such as ``tcp://127.0.0.1:18230``."""
+    """Address to listen on, such as ``tcp://127.0.0.1:18230``. One that other machines reach needs
+    a way to tell who comes: ``tls://`` with ``tls.trust`` or ``tokens``, or ``zmq+tcp://`` with
+    ``curve``."""
+    open_to_all: bool = False
+    """Let in whoever reaches the address, without proof of who it is: for a network that lets in
+    nobody else, such as that between two containers."""
     shard: ConfigPath
     """The ``cloud`` folder that ``privatelora partition`` wrote."""
     device: str = Field(default="cpu", pattern=DEVICE_PATTERN)
@@ -77,6 +84,25 @@ class CloudConfig(LinkConfig):
     """How long answers under way may take to their end when the cloud is asked to stop."""
     trace: ConfigPath | None = None
     """Chrome trace of the first steps, written when the cloud ends."""
+
+    @model_validator(mode="after")
+    def _guarded(self) -> CloudConfig:
+        try:
+            address = parse_address(self.listen)
+        except ConfigError:
+            return self  # whoever listens on it says what is wrong
+        if self.open_to_all or not is_remote(address) or self._knows_who_comes(address):
+            return self
+        raise ValueError(
+            f"listen: everybody who can reach {address} would be let in; use tls:// with tls.trust "
+            "or tokens, or zmq+tcp:// with curve (privatelora keys makes them all), listen on "
+            "127.0.0.1, or set open_to_all: true where the network lets in nobody else"
+        )
+
+    def _knows_who_comes(self, address: Address) -> bool:
+        if address.scheme == "tls":
+            return self.tokens is not None or (self.tls is not None and self.tls.trust is not None)
+        return address.scheme == "zmq+tcp" and self.curve is not None
 
 
 class EdgeConfig(LinkConfig):

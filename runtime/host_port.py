@@ -8,7 +8,10 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from privatelora.errors import ConfigError
-from privatelora.transports.address import parse_address
+from privatelora.transports.address import Address, parse_address
+
+NETWORK_SCHEMES = ("tcp", "tls", "zmq+tcp")
+"""Addresses with a host and a port."""
 
 
 def parse_host_port(text: str) -> tuple[str, int]:
@@ -30,6 +33,11 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host.lower() == "localhost"
+
+
+def is_remote(address: Address) -> bool:
+    """Whether other machines may reach what listens on ``address``."""
+    return address.scheme in NETWORK_SCHEMES and not is_loopback(address.host)
 
 
 def _check(text: str) -> str:

@@ -13,7 +13,7 @@ from cryptography import x509
 
 from privatelora.errors import ConfigError, PrivateLoRAError
 from privatelora.runtime.config import CloudConfig
-from privatelora.runtime.host_port import is_loopback
+from privatelora.runtime.host_port import NETWORK_SCHEMES, is_remote
 from privatelora.runtime.link_config import LinkConfig
 from privatelora.transports.address import Address, parse_address
 from privatelora.transports.registry import require_known_scheme
@@ -22,7 +22,6 @@ from privatelora.transports.zeromq_curve import ClientKeys, ListenerKeys
 
 SOON = datetime.timedelta(days=30)
 
-_HOST_SCHEMES = ("tcp", "tls", "zmq+tcp")
 _NAME_SCHEMES = ("inproc", "shm", "zmq+ipc")
 _USED_KEYS = {"tls": "tls", "zmq+tcp": "curve", "zmq+ipc": "curve"}
 
@@ -72,13 +71,13 @@ def check_link(key: str, config: LinkConfig, findings: Findings, *, listens: boo
     text: str = getattr(config, key)
     with findings.about(key):
         address = _parse(text, listens=listens)
-        if address.scheme in (*_HOST_SCHEMES, *_NAME_SCHEMES):
+        if address.scheme in (*NETWORK_SCHEMES, *_NAME_SCHEMES):
             with findings.about(_USED_KEYS.get(address.scheme, key)):
                 used = _USED_KEYS.get(address.scheme)
                 config.credentials().require_only(text, *([used] if used else []))
                 _check_keys(address, config, listens=listens)
-            if address.scheme in _HOST_SCHEMES and not is_loopback(address.host):
-                _warn_of_strangers(key, address, config, findings, listens=listens)
+            if is_remote(address):
+                _warn_of_strangers(key, address, config, findings)
     if config.tls is not None:
         if config.tls.key is not None:
             findings.check_private("tls.key", config.tls.key)
@@ -90,7 +89,7 @@ def check_link(key: str, config: LinkConfig, findings: Findings, *, listens: boo
 def _parse(text: str, *, listens: bool) -> Address:
     address = parse_address(text)
     require_known_scheme(text)
-    if address.scheme in _HOST_SCHEMES:
+    if address.scheme in NETWORK_SCHEMES:
         address.require_options()
         if listens:
             address.require_listen()
@@ -118,33 +117,21 @@ def _check_keys(address: Address, config: LinkConfig, *, listens: bool) -> None:
         read(credentials.curve)
 
 
-def _warn_of_strangers(
-    key: str, address: Address, config: LinkConfig, findings: Findings, *, listens: bool
-) -> None:
+def _warn_of_strangers(key: str, address: Address, config: LinkConfig, findings: Findings) -> None:
     """Warn of a way over a network that others can use or listen to."""
-    has_tokens = isinstance(config, CloudConfig) and config.tokens is not None
     is_open = address.scheme == "tcp" or (address.scheme == "zmq+tcp" and config.curve is None)
-    if is_open and has_tokens:
-        findings.warn(
-            key, f"{address} is not encrypted: no edge elsewhere sends its token there; use tls://"
-        )
-    elif is_open and listens:
-        findings.warn(
-            key,
-            f"{address} lets in everybody who can reach it, unencrypted; use tls:// or zmq+tcp:// "
-            "with keys (privatelora keys new), or listen on 127.0.0.1",
-        )
+    if isinstance(config, CloudConfig):
+        if config.open_to_all:
+            findings.warn(
+                "open_to_all",
+                f"everybody who can reach {address} is let in{', unencrypted' if is_open else ''}; "
+                "use tls:// with tls.trust or tokens, or zmq+tcp:// with curve, instead",
+            )
     elif is_open:
         findings.warn(
             key,
             f"{address} is not encrypted: others on the way can read along; use tls:// or "
             "zmq+tcp:// with keys (privatelora keys new)",
-        )
-    elif listens and not has_tokens and config.tls is not None and config.tls.trust is None:
-        findings.warn(
-            "tls",
-            "without trust every edge is let in; set trust to a folder with the certificates of "
-            "those that may",
         )
 
 

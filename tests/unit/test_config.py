@@ -164,7 +164,7 @@ def test_other_paths_stay(write: Write, monkeypatch: pytest.MonkeyPatch) -> None
     )
     assert config.shard == Path("/shards/edge")
     assert config.adapter == Path("/home/somebody/mine.safetensors")
-    assert CloudConfig(listen="tcp://a:1", shard=Path("x")).shard == Path("x")  # no file, no folder
+    assert CloudConfig(listen="tcp://127.0.0.1:1", shard=Path("x")).shard == Path("x")  # no file, no folder
 
 
 @pytest.mark.parametrize(
@@ -311,3 +311,37 @@ def test_settings_do_not_change() -> None:
     config = EdgeConfig(cloud="tcp://a:1", shard=Path("x"))
     with pytest.raises(ValidationError):
         config.cloud = "tcp://b:1"
+
+
+GUARDED = [
+    "listen: tls://0.0.0.0:1\ntls: {certificate: a, key: b, trust: c}\n",
+    "listen: tls://0.0.0.0:1\ntls: {certificate: a, key: b}\ntokens: t\n",
+    "listen: zmq+tcp://*:1\ncurve: {key: a, trust: b}\n",
+    "listen: tcp://0.0.0.0:1\nopen_to_all: true\n",
+    "listen: tcp://[::1]:1\n",
+    "listen: zmq+tcp://localhost:1\n",
+    "listen: shm://here\n",
+]
+OPEN = [
+    "listen: tcp://0.0.0.0:1\n",
+    "listen: tcp://192.0.2.7:1\n",
+    "listen: tcp://cloud.example:1\ntokens: t\n",  # which no edge sends there
+    "listen: tls://*:1\ntls: {certificate: a, key: b}\n",
+    "listen: zmq+tcp://[::]:1\n",
+    "listen: zmq+tcp://*:1\ntokens: t\n",
+]
+
+
+@pytest.mark.parametrize("text", GUARDED)
+def test_a_cloud_that_knows_who_comes_may_listen(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "cloud.yaml"
+    path.write_text(f"shard: x\n{text}")
+    load_cloud_config(path)
+
+
+@pytest.mark.parametrize("text", OPEN)
+def test_a_cloud_does_not_let_in_everybody_unasked(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "cloud.yaml"
+    path.write_text(f"shard: x\n{text}")
+    with pytest.raises(ConfigError, match=r"listen: everybody who can reach .* would be let in"):
+        load_cloud_config(path)

@@ -86,10 +86,10 @@ WRONG: dict[str, tuple[str, dict[str, Any], str, str]] = {
     ),
     "device": ("cloud", {"device": "cuda:99"}, "device", "device cuda:99: "),
     "trace": ("cloud", {"trace": "nowhere/trace.json"}, "trace", "cannot write into"),
-    "no certificate": ("cloud", {"listen": "tls://*:1"}, "tls", "needs a certificate"),
+    "no certificate": ("cloud", {"listen": "tls://localhost:1"}, "tls", "needs a certificate"),
     "keys of another": (
         "cloud",
-        {"listen": "tls://*:1", "tls": {**TLS, "key": "edge/tls.key"}},
+        {"listen": "tls://localhost:1", "tls": {**TLS, "key": "edge/tls.key"}},
         "tls",
         "does not belong to the certificate",
     ),
@@ -139,14 +139,17 @@ def test_what_is_wrong_is_said_with_its_key(check: Check, name: str) -> None:
 
 
 UNWISE: dict[str, tuple[str, dict[str, Any], str, str]] = {
-    "open": ("cloud", {"listen": "tcp://*:1"}, "listen", "lets in everybody who can reach it"),
-    "open zmq": ("cloud", {"listen": "zmq+tcp://0.0.0.0:1"}, "listen", "lets in everybody"),
-    "any certificate": ("cloud", {"listen": "tls://*:1", "tls": TLS}, "tls", "every edge is let"),
-    "tokens": (
+    "any certificate": (
         "cloud",
-        {"listen": "tcp://*:1", "tokens": "tokens.yaml"},
-        "listen",
-        "no edge elsewhere sends its token there",
+        {"listen": "tls://*:1", "tls": TLS, "open_to_all": True},
+        "open_to_all",
+        "everybody who can reach tls://*:1 is let in",
+    ),
+    "anybody": (
+        "cloud",
+        {"listen": "zmq+tcp://*:1", "open_to_all": True},
+        "open_to_all",
+        "everybody who can reach zmq+tcp://*:1 is let in, unencrypted",
     ),
     "metrics": ("cloud", {"metrics": "0.0.0.0:9464"}, "metrics", "answers everybody"),
     "in the clear": ("edge", {"cloud": "tcp://cloud.example:1"}, "cloud", "is not encrypted"),
@@ -251,12 +254,12 @@ run = CliRunner().invoke
 
 def test_every_file_gets_its_lines(deployment: Deployment, tmp_path: Path) -> None:
     good = deployment.cloud_yaml("good.yaml")
-    open_to_all = deployment.cloud_yaml("open.yaml", listen="tcp://*:18230")
+    open_to_all = deployment.cloud_yaml("open.yaml", listen="tcp://*:18230", open_to_all=True)
     result = run(app, ["config", "check", str(good), str(open_to_all)])
     assert result.exit_code == 0
     assert result.stdout == f"{good}: cloud, right\n{open_to_all}: cloud, right\n"
     (line,) = result.stderr.splitlines()
-    assert line.startswith(f"warning: {open_to_all}: listen: tcp://*:18230 lets in everybody")
+    assert line.startswith(f"warning: {open_to_all}: open_to_all: everybody who can reach tcp://*")
 
     bad = deployment.edge_yaml("tcp://a:b", "bad.yaml", shard="nowhere")
     missing = tmp_path / "nowhere.yaml"
