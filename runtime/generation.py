@@ -6,6 +6,7 @@ by the same code.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from collections.abc import Sequence as Seq
@@ -17,13 +18,21 @@ from typing import TypeVar
 import torch
 from tokenizers import Tokenizer
 
-from privatelora.errors import ProtocolError, RequestError, SessionEvicted, TransportError
+from privatelora.errors import (
+    CapacityError,
+    ProtocolError,
+    RequestError,
+    SessionEvicted,
+    TransportError,
+)
 from privatelora.runtime.json_constraint import JsonConstraint
 from privatelora.runtime.language_model import LanguageModel, Sequence, Traffic
 from privatelora.runtime.recovery import recover
 from privatelora.runtime.sampler import Sampler
 from privatelora.runtime.sampling_params import SamplingParams
 from privatelora.runtime.text import TextStream
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -153,6 +162,12 @@ class Context:
             return await (run(token_ids) if self._sequence.is_open else run_again())
         except (SessionEvicted, TransportError, ProtocolError) as error:
             return await recover(run_again, error, self._patience_s)
+        except (RuntimeError, MemoryError) as error:  # torch reports exhausted memory as either
+            logger.exception("running %d tokens failed", len(token_ids))
+            raise CapacityError(
+                f"this device could not compute: {error}; close other conversations or programs, "
+                "or try a shorter one"
+            ) from error
 
     async def _advance(self, token_ids: Seq[int]) -> torch.Tensor:
         start = min(common_prefix(self.token_ids, token_ids), len(token_ids) - 1)

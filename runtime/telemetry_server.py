@@ -7,13 +7,14 @@ GET /health/ready    200, or 503 and the reason why no edge should come here now
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from socketserver import ThreadingMixIn
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REQUEST_TIMEOUT_S = 10.0
+MAX_CONNECTIONS = 64
+"""Each has a thread. One more ends the one that has been there longest: who asks for something is
+done in no time, and who only stays must not keep others out."""
 
 WhyNotReady = Callable[[], str | None]
 """Gives the reason why a cloud is not ready, or None; is called from any thread."""
@@ -65,6 +69,23 @@ def _server_class(family: socket.AddressFamily) -> type[WSGIServer]:
     class Server(ThreadingMixIn, WSGIServer):
         address_family = family
         daemon_threads = True  # who is slow to ask does not hold up the end
+        connections: ClassVar[dict[socket.socket, None]] = {}
+        lock: ClassVar[threading.Lock] = threading.Lock()
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            with self.lock:
+                if len(self.connections) >= MAX_CONNECTIONS:
+                    longest = next(iter(self.connections))
+                    del self.connections[longest]
+                    with contextlib.suppress(OSError):  # it has left
+                        longest.shutdown(socket.SHUT_RDWR)
+                self.connections[request] = None
+            super().process_request(request, client_address)
+
+        def shutdown_request(self, request: Any) -> None:
+            with self.lock:
+                self.connections.pop(request, None)
+            super().shutdown_request(request)
 
         def handle_error(self, request: object, client_address: object) -> None:
             logger.info("%s did not ask to the end", client_address, exc_info=True)

@@ -94,6 +94,16 @@ def check_writable(file: Path | None) -> None:
             raise ConfigError(f"cannot write {file}: {error.strerror}") from error
 
 
+def print_line(line: str) -> None:
+    """Print a line that a program waits for on stdout. Raises ConfigError if it cannot be."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        # What is left in the buffer would be tried once more, and fail again, at the very end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise ConfigError(f"cannot write to standard output: {error.strerror}") from error
+
+
 def print_json(value: object) -> None:
     """Print one JSON document on stdout."""
     print(json.dumps(value, indent=2))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from privatelora.cli._app import LogFormat, LogFormatOption, run, set_up_logging
+from privatelora.cli._app import LogFormat, LogFormatOption, print_line, run, set_up_logging
 
 if TYPE_CHECKING:
     from privatelora.runtime.edge import Edge
@@ -58,7 +57,7 @@ async def _serve_http(edge: Edge) -> None:
         await edge.connect()
         with StopSignals() as stop:
             async with server.listening():
-                print(f"ready {server.url}", flush=True)
+                print_line(f"ready {server.url}")
                 notify(READY)
                 await stop.wait()
                 notify(STOPPING)
@@ -84,7 +83,7 @@ async def _serve_lines(edge: Edge) -> None:
 
 
 def _emit(event: dict[str, Any]) -> None:
-    print(json.dumps(event), file=sys.stdout, flush=True)
+    print_line(json.dumps(event))
 
 
 def main() -> None:

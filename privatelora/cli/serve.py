@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from privatelora.cli._app import LogFormat, LogFormatOption, run, set_up_logging
+from privatelora.cli._app import LogFormat, LogFormatOption, print_line, run, set_up_logging
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -39,7 +39,7 @@ def serve(
     async def main() -> None:
         with StopSignals() as stop:
             async with await cloud.listen() as listener:
-                print(f"ready {listener.address}", flush=True)
+                print_line(f"ready {listener.address}")
                 notify(READY)
                 await stop.wait()
                 notify(STOPPING)

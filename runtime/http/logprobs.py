@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import math
 from collections.abc import Iterable
 from typing import Any
 
+from privatelora.errors import ConfigError
 from privatelora.runtime.chat import TextModel
 from privatelora.runtime.generation import TokenLogprobs
 
@@ -27,9 +29,19 @@ def chat_logprobs(text: TextModel, tokens: Iterable[TokenLogprobs]) -> list[dict
 def _chat_token(text: TextModel, token_id: int, logprob: float) -> dict[str, Any]:
     return {
         "token": text.token_text(token_id),
-        "logprob": max(logprob, MIN_LOGPROB),
+        "logprob": _shown(logprob),
         "bytes": list(text.token_bytes(token_id)),
     }
+
+
+def _shown(logprob: float) -> float:
+    """As JSON has it. Raises ConfigError for what comes of logits that are no numbers."""
+    if math.isnan(logprob):
+        raise ConfigError(
+            "the model's logprobs are not numbers: the cloud sent none, or the dtype is too narrow "
+            "for the model; set dtype to bfloat16 or float32 on both sides"
+        )
+    return max(logprob, MIN_LOGPROB)
 
 
 class CompletionLogprobs:
@@ -64,12 +76,12 @@ class CompletionLogprobs:
                 logprobs.append(None)
                 tops.append(None)
                 continue
-            logprob = max(logprob, MIN_LOGPROB)
+            logprob = _shown(logprob)
             named = {name: logprob}
             for other_id, other in top:
                 # Two tokens may read the same; the likelier one stands for both.
                 other_name = self._name(other_id)
-                named[other_name] = max(other, named.get(other_name, MIN_LOGPROB))
+                named[other_name] = max(_shown(other), named.get(other_name, MIN_LOGPROB))
             logprobs.append(logprob)
             tops.append(named)
         return {

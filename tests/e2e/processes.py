@@ -12,7 +12,7 @@ import tempfile
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from tests.partition.shards import Result
 
@@ -46,10 +46,19 @@ class Process:
     """
 
     def __init__(
-        self, module: str, *arguments: object, environment: dict[str, str] | None = None
+        self,
+        module: str,
+        *arguments: object,
+        environment: dict[str, str] | None = None,
+        stderr: Path | None = None,
     ) -> None:
-        """Start ``python -m module arguments``, with ``environment`` added to the usual one."""
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  # closed when the context is left
+        """Start ``python -m module arguments``, with ``environment`` added to the usual one.
+
+        ``stderr``: a file for its standard error, instead of one that can be read here.
+        """
+        # Closed when the context is left.
+        file = tempfile.TemporaryFile() if stderr is None else stderr.open("wb")  # noqa: SIM115
+        self._stderr: IO[bytes] = file
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *map(str, arguments)],
             stdin=subprocess.PIPE,

@@ -137,7 +137,7 @@ class FakeModel:
         self.max_step_positions = max_step_positions
         self.continuation = continuation
         self.steps: list[tuple[list[int], int, Rows]] = []
-        self.failures: list[PrivateLoRAError] = []
+        self.failures: list[Exception] = []
         """Raised by the next steps, the last one first."""
         self.refusals: list[PrivateLoRAError] = []
         """Raised instead of opening a sequence again, the last one first."""

@@ -296,6 +296,20 @@ async def test_nonsense_without_end_is_an_error() -> None:
     await service.aclose()
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory")])
+async def test_memory_that_runs_out_here_is_an_error_and_passes(error: Exception) -> None:
+    model = FakeModel()
+    service = fake_service(model, patience_s=1000.0)
+    model.failures = [error]
+    pieces = service.stream(None, [20, 21], SamplingParams(max_tokens=4), GenerationStats())
+    with pytest.raises(CapacityError, match="this device could not compute"):
+        async for _ in pieces:
+            pass
+    assert num_open(model) == 0
+    assert await say(service, [20, 21]) == [22]
+    await service.aclose()
+
+
 async def test_what_cannot_be_mended_is_said_at_once() -> None:
     model = FakeModel()
     service = fake_service(model, patience_s=1000.0)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import torch
 
 from privatelora.errors import (
     AuthError,
@@ -18,7 +19,7 @@ from privatelora.errors import (
     TransportTimeout,
 )
 from tests.partition.tiny import tiny_tokenizer
-from tests.unit.fakes import FakeModel, fake_service
+from tests.unit.fakes import FakeModel, FakeSequence, fake_service
 from tests.unit.http_client import Client, read_reply, request_bytes, serving
 from tests.unit.waiting import settled
 
@@ -201,6 +202,22 @@ async def test_a_prompt_is_scored(client: Client) -> None:
     for name in ("tokens", "text_offset"):
         column = [value for part in parts for value in part["logprobs"][name]]
         assert column == continued["logprobs"][name]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_scores_that_are_no_numbers_are_no_answer(
+    client: Client, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """A cloud may send anything; NaN is no JSON."""
+    forward = FakeSequence.forward
+
+    async def spoilt(*arguments: Any) -> torch.Tensor:
+        return await forward(*arguments) * torch.nan
+
+    monkeypatch.setattr(FakeSequence, "forward", spoilt)
+    wanted = {"prompt": "0124", "echo": True, "logprobs": 2, "max_tokens": 0, "stream": stream}
+    reply = await client.post(COMPLETIONS, wanted)
+    assert (reply.status, reply.error["code"]) == (502, "cloud_error")
 
 
 async def test_the_edges_instructions_come_first(model: FakeModel) -> None:

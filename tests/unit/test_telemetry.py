@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import socket
@@ -23,7 +24,7 @@ from privatelora.errors import CapacityError, ConfigError, ConnectError
 from privatelora.runtime.cloud_service import CloudService
 from privatelora.runtime.generation import Context
 from privatelora.runtime.telemetry import PREFIX, CloudMetrics, Occupancy
-from privatelora.runtime.telemetry_server import serving_metrics
+from privatelora.runtime.telemetry_server import MAX_CONNECTIONS, serving_metrics
 from privatelora.runtime.trace import MAX_BATCHES, MAX_WAITS, Trace
 from tests.unit.world import ROOMY, World, serving, world
 
@@ -212,6 +213,26 @@ def test_who_asks_and_leaves_hinders_nobody(capfd: pytest.CaptureFixture[str]) -
             rude.sendall(b"GET /met")
         assert get(f"http://127.0.0.1:{port}/health/live")[0] == 200
     assert capfd.readouterr().err == ""
+
+
+def test_who_stays_and_asks_nothing_hinders_nobody() -> None:
+    registry = world().service().metrics.registry
+    with (
+        serving_metrics(registry, lambda: None, "127.0.0.1", 0) as port,
+        contextlib.ExitStack() as stack,
+    ):
+        idle = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+            for _ in range(MAX_CONNECTIONS + 8)
+        ]
+        for peer in idle:
+            peer.sendall(b"GET /met")
+        for _ in range(3):
+            assert get(f"http://127.0.0.1:{port}/health/live")[0] == 200
+        for peer in idle[:8]:
+            assert peer.recv(1) == b""
+        idle[-1].sendall(b"rics HTTP/1.0\r\n\r\n")
+        assert idle[-1].recv(12) == b"HTTP/1.0 200"
 
 
 def read_trace(path: Path) -> list[dict[str, Any]]:
