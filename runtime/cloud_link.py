@@ -76,7 +76,10 @@ RemoteProtocolError for an impossible z."""
 
 @dataclass(frozen=True)
 class LinkSettings:
-    """How an edge reaches its cloud. Times in seconds."""
+    """How an edge reaches its cloud. Times in seconds.
+
+    ``token`` is asked for with each connection: another may have taken its place.
+    """
 
     address: str
     codecs: CodecPreferences
@@ -87,7 +90,7 @@ class LinkSettings:
     keepalive_s: float = 15.0
     max_frame_nbytes: int = 64 * 2**20
     spin_s: float | None = None
-    token: SecretStr | None = None
+    token: Callable[[], SecretStr] | None = None
 
 
 async def open_link(
@@ -119,7 +122,7 @@ async def open_link(
             fingerprints=fingerprints,
             codecs=CODEC_NAMES,
             max_frame_nbytes=settings.max_frame_nbytes,
-            token=None if settings.token is None else settings.token.get_secret_value(),
+            token=None if settings.token is None else settings.token().get_secret_value(),
         )
         await connection.send(*wire.send(ours))
         try:

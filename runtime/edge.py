@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,7 +39,10 @@ class Edge:
         self.config = config
         token = None
         if config.token is not None:
-            token = token_to_send(config.token, config.cloud, with_curve=config.curve is not None)
+            token = partial(
+                token_to_send, config.token, config.cloud, with_curve=config.curve is not None
+            )
+            token()  # now, for a mistake in the settings is said at the start
         self.shard = open_shard(config.shard, "edge")
         manifest = self.shard.manifest
         dtype = compute_dtype(config.dtype, manifest.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 from pydantic import SecretStr, model_validator
@@ -9,6 +10,8 @@ from pydantic import SecretStr, model_validator
 from privatelora.errors import ConfigError
 from privatelora.plain_file import open_plain
 from privatelora.runtime.link_config import ConfigPath, Settings
+
+logger = logging.getLogger(__name__)
 
 MAX_SECRET_NBYTES = 4096
 
@@ -47,3 +50,27 @@ class SecretConfig(Settings):
         if len(secret) > MAX_SECRET_NBYTES:
             raise ConfigError(f"the secret in {where} is longer than {MAX_SECRET_NBYTES} bytes")
         return SecretStr(secret)
+
+
+class CurrentSecret:
+    """A secret as it is now, so that another can take its place without a restart.
+
+    While it cannot be read, what was read last holds.
+    """
+
+    def __init__(self, config: SecretConfig) -> None:
+        """Read it; raises ConfigError."""
+        self._config = config
+        self._value = config.read()
+        self._problem = ""
+
+    def get(self) -> SecretStr:
+        """The secret."""
+        try:
+            self._value = self._config.read()
+            self._problem = ""
+        except ConfigError as error:
+            if str(error) != self._problem:  # once, however often it is asked for
+                self._problem = str(error)
+                logger.error("%s; the one before holds", error)
+        return self._value

@@ -16,7 +16,6 @@ import logging
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
-from pydantic import SecretStr
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -32,6 +31,7 @@ from privatelora.runtime.http.errors import (
 )
 from privatelora.runtime.http.metrics import EdgeMetrics
 from privatelora.runtime.http_config import ANY_ORIGIN, HttpConfig
+from privatelora.runtime.secret_config import CurrentSecret
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +47,11 @@ class Gate:
     """The outermost application: refuses, or hands over to ``app``, which has the routes."""
 
     def __init__(
-        self, app: ASGIApp, config: HttpConfig, api_key: SecretStr | None, metrics: EdgeMetrics
+        self, app: ASGIApp, config: HttpConfig, api_key: CurrentSecret | None, metrics: EdgeMetrics
     ) -> None:
         self._app = app
         self._config = config
-        self._key = None if api_key is None else api_key.get_secret_value().encode()
+        self._key = api_key
         self._metrics = metrics
         self._num_open = 0
         self.draining = False
@@ -91,7 +91,7 @@ class Gate:
             if scope["method"] not in SAFE_METHODS:
                 self._check_origin(headers)
         elif not is_open:
-            self._check_key(headers, self._key)
+            self._check_key(headers, self._key.get().get_secret_value().encode())
         if path in OPEN_PATHS:
             return
         if self.draining:

@@ -8,7 +8,6 @@ import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from pydantic import SecretStr
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
@@ -36,6 +35,7 @@ from privatelora.runtime.http.metrics import EdgeMetrics
 from privatelora.runtime.http.schemas import ChatRequest, CompletionRequest
 from privatelora.runtime.http.streaming import EventStream
 from privatelora.runtime.http_config import HttpConfig
+from privatelora.runtime.secret_config import CurrentSecret
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Api:
     """All routes of one edge, as an ASGI application."""
 
     def __init__(
-        self, service: EdgeService, config: HttpConfig, api_key: SecretStr | None = None
+        self, service: EdgeService, config: HttpConfig, api_key: CurrentSecret | None = None
     ) -> None:
         self._service = service
         self._config = config

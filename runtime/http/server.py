@@ -16,6 +16,7 @@ from privatelora.runtime.host_port import parse_host_port
 from privatelora.runtime.http.protocol import Protocol
 from privatelora.runtime.http.routes import Api
 from privatelora.runtime.http_config import HttpConfig
+from privatelora.runtime.secret_config import CurrentSecret
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class HttpServer:
     def __init__(self, service: EdgeService, config: HttpConfig) -> None:
         """Raises ConfigError if the API key cannot be read."""
         self._config = config
-        key = None if config.api_key is None else config.api_key.read()
+        key = None if config.api_key is None else CurrentSecret(config.api_key)
         self._api = Api(service, config, key)
         self._state = ServerState()
         self._uvicorn = Config(

@@ -52,7 +52,9 @@ async def two_clients(
     """A cloud, and the models of alice and bob, who are known by their tokens."""
     service = split.service(limits, tokens=KNOWN)
     async with serving(service.handle) as address:
-        alice, bob = (split.split(address, token=token) for token in (ALICE, BOB))
+        alice, bob = (
+            split.split(address, token=lambda token=token: token) for token in (ALICE, BOB)
+        )
         yield service, alice, bob
         await alice.aclose()
         await bob.aclose()

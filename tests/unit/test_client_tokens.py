@@ -90,11 +90,11 @@ async def test_without_a_known_token_nothing_is_told(
 async def test_an_edge_of_ours_comes_in_with_its_token() -> None:
     split = world()
     async with serving(split.service(tokens=KNOWN).handle) as address:
-        model = split.split(address, token=SecretStr(ALICE))
+        model = split.split(address, token=lambda: SecretStr(ALICE))
         sequence = await model.open_sequence(64)
         await sequence.forward([1, 2, 3], 0, "last")
         await model.aclose()
-        for token in (None, SecretStr("a" * 43)):
+        for token in (None, lambda: SecretStr("a" * 43)):
             model = split.split(address, token=token)
             with pytest.raises(AuthError, match="this cloud"):
                 await model.open_sequence(64)

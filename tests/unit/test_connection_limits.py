@@ -123,9 +123,8 @@ async def test_clients_come_and_go_with_the_tokens_file(
     path = tokens_file(tmp_path / "tokens.yaml", alice=ALICE)
     service = split.service(replace(ROOMY, max_silence_s=0.05), tokens=TokensFile(path))
     async with serving(service.handle) as address:
-        alice, bob = (
-            split.split(address, keepalive_s=0.01, token=SecretStr(token)) for token in (ALICE, BOB)
-        )
+        alice = split.split(address, keepalive_s=0.01, token=lambda: SecretStr(ALICE))
+        bob = split.split(address, keepalive_s=0.01, token=lambda: SecretStr(BOB))
         sequence = await alice.open_sequence(64)
         with pytest.raises(AuthError, match="does not know the token"):
             await bob.open_sequence(64)

@@ -72,6 +72,22 @@ async def test_a_key_guards_the_api(key_file: dict[str, str]) -> None:
         assert (await client.post(COMPLETIONS, ASK, headers)).status == 200
 
 
+async def test_another_key_takes_the_place_of_the_first(
+    key_file: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(service(), api_key=key_file) as client:
+
+        async def status(key: str) -> int:
+            return (await client.get("/v1/models", headers_of(key))).status
+
+        assert [await status(KEY), await status("another")] == [200, 401]
+        Path(key_file["file"]).write_text("another\n")  # noqa: ASYNC240
+        assert [await status(KEY), await status("another")] == [401, 200]
+        Path(key_file["file"]).unlink()  # noqa: ASYNC240
+        assert [await status(KEY), await status("another")] == [401, 200]
+        assert caplog.text.count("the one before holds") == 1
+
+
 HOSTS = {
     "localhost": 200,
     "LOCALHOST:8080": 200,
