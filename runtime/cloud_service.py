@@ -42,6 +42,7 @@ from privatelora.runtime.scheduler import Scheduler
 from privatelora.runtime.telemetry import CloudMetrics, Occupancy
 from privatelora.runtime.wire.messages import Fingerprints, Hello, OpenSession, Role
 from privatelora.transports.base import Connection
+from privatelora.transports.brief_log import BriefLog
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +145,7 @@ class CloudService:
         self._detached = DetachedCaches(limits.resume_timeout_s, limits.max_sessions_per_client)
         self._waiting: OrderedDict[tuple[CloudPeer, int], _Waiting] = OrderedDict()
         self._is_draining = False
+        self._log = BriefLog(logger)
 
     async def handle(self, connection: Connection) -> None:
         """Serve one edge until it leaves or breaks the protocol."""
@@ -160,7 +162,7 @@ class CloudService:
                 logger.info("%s turned away: %s", connection.peer, error)
                 await peer.say_goodbye(error)
             except (ProtocolError, PartitionError, TransportError, AuthError) as error:
-                logger.warning("%s refused: %s", connection.peer, error)
+                self._log.warning("%s refused: %s", connection.peer, error)
                 peer.close_all()
                 await peer.say_goodbye(error)
             finally:

@@ -6,6 +6,7 @@ import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from privatelora.runtime.link_check import Findings, check_link
 from privatelora.runtime.secret_config import SecretConfig
 from privatelora.yaml_file import as_model, read_mapping
 
+MAX_COMPARED_KEYS = 200
+"""More than any kind has; to compare takes a moment for each."""
 MODELS: dict[str, type[BaseModel]] = {
     "cloud": CloudConfig,
     "edge": EdgeConfig,
@@ -70,8 +73,8 @@ def kind_of(values: Mapping[Any, Any], path: Path) -> str:
         known = MODELS[kind].model_fields
         # Half for what may be misspelt.
         return sum(
-            1.0 if key in known else 0.5 * bool(difflib.get_close_matches(str(key), known))
-            for key in values
+            1.0 if key in known else 0.5 * bool(difflib.get_close_matches(str(key)[:64], known))
+            for key in islice(values, MAX_COMPARED_KEYS)
         )
 
     kind = max(MODELS, key=likeness)

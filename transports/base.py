@@ -146,6 +146,15 @@ class Connection(ABC):
         """
         return None
 
+    @property
+    def is_trusted(self) -> bool:
+        """Whether a listener would let the peer in with what it trusts now.
+
+        It lets nobody out on its own: who is in stays until somebody asks. Always true of a
+        connection that lets in everybody, and at the end that connected.
+        """
+        return True
+
     @abstractmethod
     async def send(self, *parts: Buffer) -> None:
         """Send one frame, the concatenation of ``parts``.

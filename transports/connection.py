@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
+from collections.abc import Callable
 
 from privatelora.errors import ConnectionClosed, PrivateLoRAError
 from privatelora.transports.base import ByteCounters, Connection, Limits
@@ -32,6 +33,8 @@ class QueuedConnection(Connection):
         self._peer_ended = asyncio.Event()
         self._closing = False
         self._released = False
+        self.ask_trust: Callable[[], bool] | None = None
+        """See ``is_trusted``; set by a listener that trusts some and not others."""
 
     @abstractmethod
     def _room_made(self) -> None:
@@ -51,6 +54,11 @@ class QueuedConnection(Connection):
 
         ``reset``: drop undelivered data and let the peer notice.
         """
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether the peer would be let in now; see Connection.is_trusted."""
+        return self.ask_trust is None or self.ask_trust()
 
     @property
     def peer(self) -> str:

@@ -19,9 +19,16 @@ MAGIC = b"PLR1"
 
 _TLS_RECORDS = (b"\x15\x03", b"\x16\x03")
 """How an alert and a handshake begin, from a peer that takes this end for a TLS one."""
+_FIRST_BUFFER_NBYTES = 2 * 1024
+"""Enough for a peer that decodes; most connections of an attack never fill more."""
 _BUFFER_NBYTES = 64 * 1024
 _SMALL_FRAME_NBYTES = 16 * 1024
 """A larger frame that has not arrived whole is read into memory of its own."""
+_FIRST_LARGE_NBYTES = 32 * 1024
+"""Memory that such a frame gets at once. It grows as bytes arrive: what a peer only declares
+takes neither memory nor the time to clear it."""
+_GROWTH = 4
+_ZEROS = bytes(2**20)
 
 
 def frame_nbytes(parts: tuple[Buffer, ...], max_frame_nbytes: int) -> int:
@@ -58,13 +65,15 @@ class FrameReader:
 
     ``free``: where the next bytes of the stream belong; never empty while the queue is not
     full. A small frame is copied once, out of the shared buffer; a large one is received
-    where it stays. Stops cutting while the queue is full.
+    where it stays. Stops cutting while the queue is full. An unfinished frame takes at most
+    four times the memory that its bytes so far do, or a little.
     """
 
     __slots__ = (
         "_buffer",
         "_end",
         "_large",
+        "_large_nbytes",
         "_max_frame_nbytes",
         "_num_filled",
         "_peer",
@@ -78,11 +87,11 @@ class FrameReader:
         self._queue = queue
         self._max_frame_nbytes = max_frame_nbytes
         self._peer = peer
-        self._buffer = bytearray(_BUFFER_NBYTES)
+        self._buffer = bytearray(_FIRST_BUFFER_NBYTES)
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
-        self._large: memoryview | None = None
-        self._num_filled = 0
+        self._large: bytearray | None = None
+        self._large_nbytes = self._num_filled = 0
         self.free = self._view
 
     @property
@@ -96,13 +105,22 @@ class FrameReader:
             self._end += nbytes
             return self.cut()
         self._num_filled += nbytes
-        if self._num_filled < len(self._large):
-            self.free = self._large[self._num_filled :]
+        if self._num_filled < self._large_nbytes:
+            if nbytes < len(self.free):
+                self.free = self.free[nbytes:]
+            else:
+                self._grow_large(self._large)
             return 0
-        self._queue.put(self._large)
+        self._queue.put(memoryview(self._large))
         self._large = None
         self.free = self._view
         return 1
+
+    def release(self) -> None:
+        """Give back the memory; nothing may be received any more."""
+        self._large = None
+        self._buffer = bytearray()
+        self.free = self._view = memoryview(self._buffer)
 
     def cut(self) -> int:
         """Move whole frames to the queue until it is full; return how many.
@@ -122,7 +140,7 @@ class FrameReader:
             stop = payload + nbytes
             if stop > end:
                 if nbytes > _SMALL_FRAME_NBYTES:
-                    self._begin_large(nbytes, self._view[payload:end])
+                    self._begin_large(nbytes, buffer[payload:end])
                     return num_frames
                 break
             queue.put(memoryview(buffer[payload:stop]))
@@ -138,20 +156,30 @@ class FrameReader:
         return num_frames
 
     def _keep_rest(self, start: int) -> None:
-        rest = bytes(self._view[start : self._end])
-        if not rest.startswith(MAGIC[: len(rest)]):
+        buffer, nbytes = self._buffer, self._end - start
+        if not MAGIC.startswith(buffer[start : start + min(nbytes, len(MAGIC))]):
             raise self._not_a_frame(start)
-        self._start, self._end = 0, len(rest)
-        self._view[: len(rest)] = rest
-        self.free = self._view[len(rest) :]
+        if self._end == len(buffer) < _BUFFER_NBYTES:
+            self._buffer = bytearray(_BUFFER_NBYTES)
+            self._view = memoryview(self._buffer)
+        if start or buffer is not self._buffer:
+            self._view[:nbytes] = buffer[start : self._end]
+        self._start, self._end = 0, nbytes
+        self.free = self._view[nbytes:]
 
-    def _begin_large(self, nbytes: int, head: memoryview) -> None:
-        large = memoryview(bytearray(nbytes))
-        large[: len(head)] = head
-        self._large = large
+    def _begin_large(self, nbytes: int, head: bytearray) -> None:
+        self._large, self._large_nbytes = head, nbytes
         self._num_filled = len(head)
-        self.free = large[len(head) :]
         self._start = self._end = 0
+        self._grow_large(head)
+
+    def _grow_large(self, large: bytearray) -> None:
+        """Make room in proportion to what has arrived, within what was declared."""
+        self.free = self._view  # memory that a view shows cannot grow
+        room = min(self._large_nbytes, max(_GROWTH * len(large), _FIRST_LARGE_NBYTES))
+        while len(large) < room:
+            large += _ZEROS[: room - len(large)]
+        self.free = memoryview(large)[self._num_filled :]
 
     def _not_a_frame(self, start: int) -> RemoteProtocolError:
         found = bytes(self._buffer[start : min(start + 16, self._end)])

@@ -8,8 +8,13 @@ from functools import partial
 
 from privatelora.errors import ConnectionClosed, PrivateLoRAError
 from privatelora.transports.base import Connection, Handler
+from privatelora.transports.brief_log import BriefLog
 
 _logger = logging.getLogger("privatelora.transports")
+
+MAX_CLOSING = 64
+"""Connections at one listener that wait for their peer to close too. One more ends the longest
+wait: a peer that does not close would keep descriptors for ``close_timeout_s``."""
 
 
 class HandlerTasks:
@@ -22,6 +27,9 @@ class HandlerTasks:
         self._handler = handler
         self._where = where
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closing: dict[Connection, None] = {}
+        """Longest first."""
+        self._log = BriefLog(_logger)
 
     def start(self, connection: Connection) -> None:
         """Run the handler on ``connection`` and close it afterwards."""
@@ -45,13 +53,22 @@ class HandlerTasks:
         except ConnectionClosed as error:
             _logger.info("%s: a connection ended: %s", self._where, error)
         except PrivateLoRAError as error:
-            _logger.warning("%s: dropped %s: %s", self._where, connection.peer, error)
+            self._log.warning("%s: dropped %s: %s", self._where, connection.peer, error)
         except Exception:
             _logger.exception("%s: the handler of %s failed", self._where, connection.peer)
         else:
-            await connection.aclose()
+            await self._close(connection)
+
+    async def _close(self, connection: Connection) -> None:
+        if len(self._closing) >= MAX_CLOSING:
+            longest = next(iter(self._closing))
+            del self._closing[longest]
+            longest.abort()
+        self._closing[connection] = None
+        await connection.aclose()
 
     def _done(self, connection: Connection, task: asyncio.Task[None]) -> None:
         # Here and not in _run, because a task cancelled before its first step never runs.
         connection.abort()
         self._tasks.discard(task)
+        self._closing.pop(connection, None)

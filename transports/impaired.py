@@ -81,6 +81,11 @@ class ImpairedConnection(QueuedConnection):
         """What the peer has proven to be; see Connection.identity."""
         return self._inner.identity
 
+    @property
+    def is_trusted(self) -> bool:
+        """Whether the peer would be let in now; see Connection.is_trusted."""
+        return self._inner.is_trusted
+
     # Sending
 
     async def send(self, *parts: Buffer) -> None:

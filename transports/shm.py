@@ -28,6 +28,7 @@ from privatelora.transports.base import (
     Listener,
     Transport,
 )
+from privatelora.transports.brief_log import BriefLog
 from privatelora.transports.handlers import HandlerTasks
 from privatelora.transports.shm_handshake import (
     Process,
@@ -61,6 +62,7 @@ class ShmListener(Listener):
         self._limits = limits
         self._handlers = HandlerTasks(handler, address)
         self._handshakes: set[asyncio.Task[None]] = set()
+        self._log = BriefLog(_logger)
         self._accept_loop = AcceptLoop([sock], self._accepted, address)
 
     @property
@@ -80,7 +82,7 @@ class ShmListener(Listener):
     def _accepted(self, sock: socket.socket) -> None:
         process = Process.behind(sock)
         if not process.is_same_user:
-            _logger.warning(
+            self._log.warning(
                 "%s: refused process %d: it is of user %d, this is user %d",
                 self._address,
                 process.pid,
@@ -110,7 +112,8 @@ class ShmListener(Listener):
         except TimeoutError:
             self._dropped(sock, f"{peer} said nothing for {timeout_s:g} s")
         except ConnectionError:
-            self._dropped(sock, f"{peer} left during the handshake", logging.INFO)
+            _logger.info("%s: %s left during the handshake", self._address, peer)
+            sock.close()
         except RemoteProtocolError as error:
             self._dropped(sock, str(error))
         except OSError as error:
@@ -122,9 +125,9 @@ class ShmListener(Listener):
         else:
             self._handlers.start(connection)
 
-    def _dropped(self, sock: socket.socket, why: str, level: int = logging.WARNING) -> None:
+    def _dropped(self, sock: socket.socket, why: str) -> None:
         sock.close()
-        _logger.log(level, "%s: dropped a client: %s", self._address, why)
+        self._log.warning("%s: dropped a client: %s", self._address, why)
 
     def _handshake_done(self, sock: socket.socket, task: asyncio.Task[None]) -> None:
         self._handshakes.discard(task)

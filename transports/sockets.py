@@ -11,10 +11,12 @@ import contextlib
 import errno
 import logging
 import os
+import resource
 import socket
 import struct
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from time import monotonic
 from typing import Any, TypeVar
 
 from privatelora.errors import ConnectError, TransportTimeout
@@ -25,8 +27,16 @@ _logger = logging.getLogger("privatelora.transports")
 
 ACCEPT_RETRY_S = 1.0
 """Pause after a failed accept (no descriptors left, say); retrying at once would spin."""
+NUM_SPARE_DESCRIPTORS = 32
+"""Left for what else this process opens: a connection that would take one of them is closed."""
 
-_BACKLOG = 128
+_BACKLOG = 512
+_MAX_ACCEPTS = 4
+"""At once, before others on the event loop have their turn."""
+_REST = 40
+"""Accepting rests this many times as long as it took, because what follows takes time as well."""
+_REST_SPARED_S = 1.0
+"""Rest that is saved up while nobody comes, so that a few hundred peers may come at once."""
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 # Without these the system looks after a silent peer only after two hours.
 _KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
@@ -164,6 +174,11 @@ class AcceptLoop:
 
     ``on_accept`` must not wait; an OSError from it means that the peer is already gone.
     ``address``: the listener's, for the log; None for what a TCP socket itself says.
+
+    New connections take a bounded share of the time, however many come: those who are connected
+    have their work done first. The others wait in the system's queue, and, once that is full, are
+    dropped by the system, which takes far less time than this process would. Those that have left
+    by then without a word are not handed over.
     """
 
     def __init__(
@@ -177,6 +192,8 @@ class AcceptLoop:
         self._address = address
         self._sockets = tuple(sockets)
         self._retries: dict[socket.socket, asyncio.TimerHandle] = {}
+        self._rests_until = 0.0
+        self._is_short = False
         for sock in self._sockets:
             self._resume(sock)
 
@@ -189,33 +206,73 @@ class AcceptLoop:
                 self._loop.remove_reader(sock.fileno())
                 sock.close()
 
+    def charge(self, seconds: float) -> None:
+        """Count time that was spent on a new connection after it was handed over."""
+        self._rests_until = max(self._rests_until, monotonic() - _REST_SPARED_S) + _REST * seconds
+
     def _resume(self, listening: socket.socket) -> None:
         self._retries.pop(listening, None)
         self._loop.add_reader(listening.fileno(), self._accept, listening)
 
+    def _pause(self, listening: socket.socket, seconds: float) -> None:
+        self._loop.remove_reader(listening.fileno())
+        self._retries[listening] = self._loop.call_later(seconds, self._resume, listening)
+
     def _accept(self, listening: socket.socket) -> None:
-        for _ in range(_BACKLOG):
+        started = monotonic()
+        for _ in range(_MAX_ACCEPTS):
             try:
                 sock, _peer = listening.accept()
             except (BlockingIOError, ConnectionAbortedError):
-                return
+                break
             except OSError as error:
-                _logger.error(
-                    "%s cannot accept: %s; trying again in %g s",
-                    self._address or endpoint_text("tcp", listening.getsockname()),
-                    _reason(error),
-                    ACCEPT_RETRY_S,
-                )
-                self._loop.remove_reader(listening.fileno())
-                self._retries[listening] = self._loop.call_later(
-                    ACCEPT_RETRY_S, self._resume, listening
-                )
+                self._note_shortage(listening, _reason(error))
+                self._pause(listening, ACCEPT_RETRY_S)
                 return
+            if sock.fileno() >= _max_descriptor():
+                sock.close()
+                self._note_shortage(listening, "too many open files")
+                continue
+            self._is_short = False
+            if sock.family != socket.AF_UNIX and _has_left(sock):
+                sock.close()
+                continue
             try:
                 configure(sock)
                 self._on_accept(sock)
             except OSError:
                 sock.close()
+        now = monotonic()
+        self.charge(now - started)
+        if self._rests_until > now:
+            self._pause(listening, self._rests_until - now)
+
+    def _note_shortage(self, listening: socket.socket, reason: str) -> None:
+        if not self._is_short:
+            self._is_short = True
+            _logger.error(
+                "%s cannot accept: %s; going on as soon as that is over",
+                self._address or endpoint_text("tcp", listening.getsockname()),
+                reason,
+            )
+
+
+def _has_left(sock: socket.socket) -> bool:
+    """Whether a peer has said nothing and left: a look is far cheaper than a handler."""
+    try:
+        return not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def _max_descriptor() -> float:
+    """The first descriptor that no connection may take."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return float("inf")
+    return limit - min(NUM_SPARE_DESCRIPTORS, limit // 4)
 
 
 async def _resolve(address: Address, host: str, port: int) -> list[Endpoint]:

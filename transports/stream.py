@@ -237,6 +237,8 @@ class StreamConnection(QueuedConnection):
 
     def _release(self, *, reset: bool) -> None:
         self._stream.close(reset=reset)
+        # At once: a connection is part of cycles, so it may stay until a full collection.
+        self._reader.release()
         wake(self._write_waiter)
 
     def _closed_by_peer(self) -> ConnectionClosed:

@@ -33,6 +33,7 @@ from privatelora.transports.base import (
     TlsCredentials,
     Transport,
 )
+from privatelora.transports.brief_log import BriefLog
 from privatelora.transports.handlers import HandlerTasks
 from privatelora.transports.sockets import (
     AcceptLoop,
@@ -71,6 +72,7 @@ class TlsListener(Listener):
         self._context = context
         self._handlers = HandlerTasks(handler, address)
         self._handshakes: dict[asyncio.Task[TlsStream | None], str] = {}
+        self._log = BriefLog(_logger)
         self._accept_loop = AcceptLoop(sockets, self._accepted, address)
 
     @property
@@ -111,6 +113,8 @@ class TlsListener(Listener):
                 return stream
             except ssl.SSLError as error:
                 self._refused(peer, explain(error).text)
+            finally:
+                self._accept_loop.charge(stream.setup_s)
             with contextlib.suppress(OSError):
                 async with asyncio.timeout(_FAREWELL_S):
                     await stream.see_off()
@@ -131,10 +135,14 @@ class TlsListener(Listener):
         if stream is None:
             sock.close()
         else:
-            self._handlers.start(_connection(stream, self._limits))
+            connection = _connection(stream, self._limits)
+            # Of a peer alone OpenSSL says nothing without another handshake. So when any file has
+            # changed, everybody has to come again.
+            connection.ask_trust = partial(self._context.made, stream.context)
+            self._handlers.start(connection)
 
     def _refused(self, peer: str, reason: str) -> None:
-        _logger.warning("%s: refused %s: %s", self._address, peer, reason)
+        self._log.warning("%s: refused %s: %s", self._address, peer, reason)
 
 
 class TlsTransport(Transport):

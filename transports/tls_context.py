@@ -72,6 +72,13 @@ class ServerContext:
             self._state = state
         return self._context
 
+    def made(self, context: ssl.SSLContext) -> bool:
+        """Whether ``context`` is still what the files say; not while they are not usable."""
+        try:
+            return self.current() is context
+        except ConfigError:
+            return False
+
 
 def identity_of(certificate: bytes) -> str:
     """What ``Connection.identity`` calls a peer with this certificate (DER)."""

@@ -10,6 +10,7 @@ import ssl
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
+from time import monotonic
 from typing import TypeVar
 
 from privatelora.errors import RemoteProtocolError
@@ -27,6 +28,8 @@ _RECORD_NBYTES = 2**14
 """Most plain bytes in one TLS record (RFC 8446, section 5.1)."""
 _MAX_RECORDS = 16
 """Most records encrypted before they are handed to the operating system."""
+_FIRST_READ_NBYTES = 4 * 1024
+"""Read at once until a peer has sent that much; most connections of an attack never do."""
 _READ_NBYTES = 64 * 1024
 _MAX_ANSWERS_NBYTES = 64 * 1024
 """What OpenSSL may write on its own while it reads; a peer can ask for it with every record."""
@@ -60,13 +63,20 @@ class TlsStream(SocketStream):
         self._tls = context.wrap_bio(
             self._incoming, self._outgoing, server_hostname is None, server_hostname
         )
-        self._received = memoryview(bytearray(_READ_NBYTES))
+        self._received = memoryview(bytearray(_FIRST_READ_NBYTES))
         self._is_record_open = False
         self._on_readable: Callable[[], None] | None = None
         self._announcement: asyncio.Handle | None = None
         self._unsent: Buffer = b""
         """Encrypted, and not yet taken by the operating system."""
         self._has_ended = False
+        self.setup_s = 0.0
+        """Time that setting up took of this process, waiting left out."""
+
+    @property
+    def context(self) -> ssl.SSLContext:
+        """What it was made with."""
+        return self._tls.context
 
     # Setting up
 
@@ -103,8 +113,12 @@ class TlsStream(SocketStream):
     async def _carry_on(self, step: Callable[[], _T]) -> _T:
         """Call ``step`` until it misses nothing from the peer, and send what it wrote."""
         while True:
+            started = monotonic()
             try:
-                result = step()
+                try:
+                    result = step()
+                finally:
+                    self.setup_s += monotonic() - started
             except ssl.SSLWantReadError:
                 await self._send_written()
                 await self._receive_more()
@@ -186,6 +200,8 @@ class TlsStream(SocketStream):
                 f"{self.peer} keeps asking for new TLS keys; use a PrivateLoRA peer"
             )
         self._incoming.write(self._received[:nbytes])
+        if nbytes == len(self._received) < _READ_NBYTES:
+            self._received = memoryview(bytearray(_READ_NBYTES))
 
     def start_reading(self, callback: Callable[[], None]) -> None:
         """See ByteStream."""

@@ -11,6 +11,7 @@ from zmq.utils import z85
 
 from privatelora.errors import ConfigError
 from privatelora.transports.base import CurveCredentials
+from privatelora.transports.brief_log import BriefLog
 from privatelora.transports.curve_keys import read_public_key, read_public_keys, read_secret_key
 from privatelora.transports.zeromq_sockets import LoopSocket, OwnContext
 
@@ -83,6 +84,7 @@ class Doorkeeper:
     def __init__(self, context: OwnContext, trust: Path, where: str) -> None:
         self._trust = trust
         self._where = where
+        self._log = BriefLog(_logger)
         answering = context.socket(zmq.REP)
         answering.bind(_ZAP_ADDRESS)
         self._socket = LoopSocket(answering, self._answer)
@@ -102,6 +104,13 @@ class Doorkeeper:
         answer = [_ZAP_VERSION, request_id, code, text, user_id, b""]
         self._socket.socket.send_multipart(answer, zmq.NOBLOCK)
 
+    def trusts(self, key: bytes) -> bool:
+        """Whether a client's public key (Z85) is in the files as they are now."""
+        try:
+            return key in read_public_keys(self._trust)
+        except ConfigError:
+            return False
+
     def _lets_in(self, key: bytes, peer: str) -> bool:
         try:
             if key in read_public_keys(self._trust):
@@ -109,7 +118,7 @@ class Doorkeeper:
             reason = f"it is not among those in {self._trust}"
         except ConfigError as error:
             reason = str(error)
-        _logger.warning(
+        self._log.warning(
             "%s refused a client from %s with the public key %s: %s",
             self._where,
             peer,

@@ -25,12 +25,14 @@ import logging
 import secrets
 import socket
 from collections.abc import Sequence
+from functools import partial
 
 import zmq
 
 from privatelora.errors import AuthError, ConnectError, RemoteProtocolError
 from privatelora.transports.address import Address
 from privatelora.transports.base import Handler, Limits, Listener
+from privatelora.transports.brief_log import BriefLog
 from privatelora.transports.handlers import HandlerTasks
 from privatelora.transports.zeromq_connection import Link, ZmqConnection
 from privatelora.transports.zeromq_curve import Doorkeeper, ListenerKeys
@@ -157,6 +159,7 @@ class _Router:
         self._gone: list[_Client] = []
         self._numbers = itertools.count(1)
         self._accepting = True
+        self._log = BriefLog(_logger)
         self._doorkeeper: Doorkeeper | None = None
         with contextlib.ExitStack() as undo:
             for sock in sockets:
@@ -231,7 +234,7 @@ class _Router:
             try:
                 self._open(client, frame, is_single)
             except (AuthError, RemoteProtocolError) as error:
-                _logger.warning("%s refused a client: %s", self._address, error)
+                self._log.warning("%s refused a client: %s", self._address, error)
                 client.release(reset=True)
 
     def _note(self, routing_id: bytes, frame: zmq.Frame) -> _Client:
@@ -268,6 +271,9 @@ class _Router:
             client.connection = ZmqConnection(
                 client.peer, self._limits, client, window_nbytes, identity
             )
+            if self._doorkeeper is not None:
+                trusts = partial(self._doorkeeper.trusts, peer_key(frame).encode("ascii"))
+                client.connection.ask_trust = trusts
             self._handlers.start(client.connection)
 
     def _take_event(self) -> None:
@@ -279,7 +285,7 @@ class _Router:
                 self._socket.receive_later()
         else:
             reason = _REASONS.get(value, "it left or broke off the ZeroMQ handshake")
-            _logger.warning("%s refused a client: %s", self._address, reason)
+            self._log.warning("%s refused a client: %s", self._address, reason)
 
     def _on_empty(self) -> None:
         gone, self._gone = self._gone, []

@@ -155,8 +155,8 @@ class Incoming:
 
     __slots__ = (
         "_frame",
+        "_frame_nbytes",
         "_limits",
-        "_num_filled",
         "_peer",
         "_received",
         "_received_told",
@@ -168,8 +168,8 @@ class Incoming:
     def __init__(self, peer: str, limits: Limits) -> None:
         self._peer = peer
         self._limits = limits
-        self._frame: memoryview | None = None
-        self._num_filled = 0
+        self._frame: bytearray | None = None
+        self._frame_nbytes = 0
         self._received = self._received_told = 0
         self._started = self._taken = self._taken_told = 0
 
@@ -197,8 +197,8 @@ class Incoming:
             raise RemoteProtocolError(f"{self._peer} cut off the length of a frame")
         _, nbytes = _BEGIN.unpack_from(message)
         self._start(nbytes)
-        self._frame = memoryview(bytearray(nbytes))
-        self._num_filled = 0
+        # Grows as pieces arrive: what a peer only declares takes no memory.
+        self._frame, self._frame_nbytes = bytearray(), nbytes
         return self._fill(self._frame, message[_BEGIN.size :])
 
     def take(self, frame_nbytes: int) -> None:
@@ -209,7 +209,7 @@ class Incoming:
         """Note that the queue was emptied."""
         self._taken = self._started
         if self._frame is not None:
-            self._taken -= len(self._frame) + FRAME_OVERHEAD_NBYTES
+            self._taken -= self._frame_nbytes + FRAME_OVERHEAD_NBYTES
 
     def credit_due(self) -> bool:
         """Whether the peer should hear what it may send; it is told before it has to wait."""
@@ -233,13 +233,11 @@ class Incoming:
             )
         self._started += nbytes + FRAME_OVERHEAD_NBYTES
 
-    def _fill(self, frame: memoryview, piece: memoryview) -> memoryview | None:
-        stop = self._num_filled + len(piece)
-        if not piece or stop > len(frame):
+    def _fill(self, frame: bytearray, piece: memoryview) -> memoryview | None:
+        if not piece or len(frame) + len(piece) > self._frame_nbytes:
             raise RemoteProtocolError(f"{self._peer} sent a piece that does not fit its frame")
-        frame[self._num_filled : stop] = piece
-        self._num_filled = stop
-        if stop < len(frame):
+        frame += piece
+        if len(frame) < self._frame_nbytes:
             return None
         self._frame = None
-        return frame
+        return memoryview(frame)

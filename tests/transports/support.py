@@ -20,6 +20,13 @@ async def echo(connection: Connection) -> None:
         await connection.send(await connection.recv())
 
 
+async def tells_trust(connection: Connection) -> None:
+    """Answers each frame with whether the peer is trusted still."""
+    while True:
+        await connection.recv()
+        await connection.send(str(connection.is_trusted).encode())
+
+
 async def send_for_ever(connection: Connection) -> None:
     while True:
         await connection.send(b"x" * 1000)

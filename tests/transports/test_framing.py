@@ -22,9 +22,9 @@ def stream_of(frames: list[bytes]) -> bytes:
 class Feeder:
     """Feeds a FrameReader in pieces and takes what comes out."""
 
-    def __init__(self, max_queued_nbytes: int = 2**30) -> None:
+    def __init__(self, max_queued_nbytes: int = 2**30, max_frame_nbytes: int = LIMIT) -> None:
         self.queue = FrameQueue(max_queued_nbytes, self._cut)
-        self.reader = FrameReader(self.queue, LIMIT, "tcp://peer:1")
+        self.reader = FrameReader(self.queue, max_frame_nbytes, "tcp://peer:1")
         self.num_frames = 0
 
     def _cut(self) -> None:
@@ -118,6 +118,33 @@ async def test_a_declared_length_over_the_limit_allocates_nothing(declared: int)
         with pytest.raises(RemoteProtocolError, match=f"{declared} bytes.* limit of {LIMIT}"):
             feeder.feed(HEADER.pack(MAGIC, declared))
         assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("arrived", [0, 20_000, 100_000, 2 * 2**20])
+async def test_a_frame_takes_memory_as_it_arrives(arrived: int) -> None:
+    feeder = Feeder(max_frame_nbytes=64 * 2**20)
+    piece = bytes(10_000)
+    tracemalloc.start()
+    try:
+        feeder.feed(HEADER.pack(MAGIC, 64 * 2**20))
+        for _ in range(0, arrived, len(piece)):
+            feeder.feed(piece)
+        assert tracemalloc.get_traced_memory()[1] < 5 * arrived + 100_000
+    finally:
+        tracemalloc.stop()
+
+
+async def test_a_reader_takes_little_until_it_is_used_and_nothing_after() -> None:
+    tracemalloc.start()
+    try:
+        feeder = Feeder(max_frame_nbytes=64 * 2**20)
+        assert tracemalloc.get_traced_memory()[0] < 10_000
+        feeder.feed(HEADER.pack(MAGIC, 64 * 2**20) + bytes(2**20))
+        assert tracemalloc.get_traced_memory()[0] > 2**20
+        feeder.reader.release()
+        assert tracemalloc.get_traced_memory()[0] < 10_000
     finally:
         tracemalloc.stop()
 

@@ -22,6 +22,7 @@ from privatelora.errors import (
     ConnectionClosed,
     TransportTimeout,
 )
+from privatelora.transports import sockets
 from privatelora.transports.base import Connection, Limits
 from privatelora.transports.flow import AdaptiveSpin
 from privatelora.transports.registry import connect, listen
@@ -318,8 +319,11 @@ async def test_sealing_refused(
 
 
 @pytest.mark.parametrize("num_spare", range(11))
-async def test_too_few_descriptors(shm_address: str, shm_accept: ShmAccept, num_spare: int) -> None:
+async def test_too_few_descriptors(
+    shm_address: str, shm_accept: ShmAccept, num_spare: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both ends are in this process; whichever finds none left, the client gets an error."""
+    monkeypatch.setattr(sockets, "NUM_SPARE_DESCRIPTORS", 0)
     await shm_accept()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))

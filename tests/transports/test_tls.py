@@ -18,10 +18,10 @@ from privatelora.errors import (
     AuthError,
     ConnectError,
 )
-from privatelora.transports.base import Connection, Credentials, Limits
+from privatelora.transports.base import Connection, Credentials, Handler, Limits
 from privatelora.transports.registry import connect, listen
 from tests.transports.certificates import issue
-from tests.transports.support import echo, received
+from tests.transports.support import echo, received, tells_trust
 from tests.transports.tls_keyrings import Identity, identity, tls, trusting
 from tests.transports.tls_support import (
     ANYWHERE,
@@ -196,7 +196,9 @@ class Files(NamedTuple):
 
 
 @asynccontextmanager
-async def listening_on_copies(folder: Path) -> AsyncIterator[tuple[str, Files]]:
+async def listening_on_copies(
+    folder: Path, handler: Handler = echo
+) -> AsyncIterator[tuple[str, Files]]:
     """The address and the files of a listener that lets in the edge."""
     files = Files(Identity(folder / "tls.crt", folder / "tls.key"), folder / "clients")
     files.clients.mkdir()
@@ -205,7 +207,7 @@ async def listening_on_copies(folder: Path) -> AsyncIterator[tuple[str, Files]]:
     shutil.copy(identity("edge").certificate, files.clients / "edge.crt")
     (files.clients / "README.txt").write_text("not a certificate, and no matter")
     credentials = files.identity.trusting(files.clients)
-    async with await listen(ANYWHERE, echo, Limits(), credentials) as listener:
+    async with await listen(ANYWHERE, handler, Limits(), credentials) as listener:
         yield listener.address, files
 
 
@@ -223,8 +225,27 @@ async def test_clients_come_and_go_without_a_restart(tmp_path: Path) -> None:
                 let_in.unlink()
                 with pytest.raises(AuthError):
                     await connect(address, Limits(), newcomer)
+                # Whoever is in stays until somebody asks.
                 await lasting.send(b"still here")
                 assert await received(lasting) == b"still here"
+
+
+async def test_who_is_in_is_not_trusted_any_more_when_a_file_has_changed(tmp_path: Path) -> None:
+    async with (
+        listening_on_copies(tmp_path, tells_trust) as (address, files),
+        await connect(address, Limits(), EDGE) as early,
+    ):
+        await early.send(b"?")
+        assert await received(early) == b"True"
+        shutil.copy(identity("newcomer").certificate, files.clients / "newcomer.pem")
+        await early.send(b"?")
+        assert await received(early) == b"False"
+        async with await connect(address, Limits(), EDGE) as late:
+            await late.send(b"?")
+            assert await received(late) == b"True"
+            shutil.rmtree(files.clients)  # nobody at all
+            await late.send(b"?")
+            assert await received(late) == b"False"
 
 
 async def test_without_anyone_to_trust_nobody_is_let_in(

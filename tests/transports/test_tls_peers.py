@@ -189,7 +189,6 @@ def client_hello() -> bytes:
 
 HOSTILE = {
     "http": (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "it does not speak TLS"),
-    "nothing": (b"", "it ended the connection before TLS was set up"),
     "zeros": (bytes(100_000), "refused"),
     "half a hello": (client_hello()[:100], "it ended the connection before TLS was set up"),
     "hello and garbage": (client_hello() + b"\x17\x03\x03\x00\x20" + bytes(32), "refused"),

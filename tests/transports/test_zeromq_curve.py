@@ -24,7 +24,7 @@ from privatelora.transports.zeromq_protocol import ACCEPT, OPEN_MESSAGE
 from tests.transports.cases import free_tcp_port
 from tests.transports.curve_keyrings import curve, curve_pair
 from tests.transports.relay import Relay
-from tests.transports.support import echo, echoes, settled
+from tests.transports.support import echo, echoes, received, settled, tells_trust
 from tests.transports.zeromq_raw import Accepting, raw_client
 
 pytestmark = pytest.mark.usefixtures("ends_in_time", "nothing_leaks", "own_errors")
@@ -92,6 +92,23 @@ async def test_the_allow_list_can_change_at_any_time(
         (tmp_path / "broken.pub").write_text("public: nothing\n")
         await refused(listener.address, EDGE, "does not trust this end's public key")
         assert f"{tmp_path / 'broken.pub'} is not a CURVE key file" in own_errors.text
+
+
+async def test_who_is_in_is_trusted_as_long_as_the_key_is_there(tmp_path: Path) -> None:
+    cloud = Credentials(curve=CurveCredentials(curve_pair("cloud")[0], tmp_path))
+    shutil.copy(curve_pair("edge")[1], tmp_path)
+    async with (
+        await listen(ANYWHERE, tells_trust, Limits(), cloud) as listener,
+        await connect(listener.address, Limits(), EDGE) as connection,
+    ):
+        for change, is_trusted in (
+            (lambda: None, b"True"),
+            (lambda: shutil.copy(curve_pair("other edge")[1], tmp_path), b"True"),
+            (lambda: remove_all(tmp_path), b"False"),
+        ):
+            change()
+            await connection.send(b"?")
+            assert await received(connection) == is_trusted
 
 
 async def test_the_log_names_who_was_refused(own_errors: pytest.LogCaptureFixture) -> None:

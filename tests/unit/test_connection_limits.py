@@ -12,12 +12,14 @@ from pydantic import SecretStr
 
 from privatelora.errors import AuthError, CapacityError, ConnectionClosed, TransportTimeout
 from privatelora.runtime.client_tokens import TokensFile, digest
+from privatelora.runtime.generation import Context
 from privatelora.runtime.wire.messages import ErrorCode, Ping, Pong
-from privatelora.transports.base import Limits
+from privatelora.transports.base import Connection, Limits
+from privatelora.transports.connection import QueuedConnection
 from privatelora.transports.registry import connect
 from tests.unit.peers import RawCloud, raw_cloud, raw_edge
 from tests.unit.waiting import Recorder, settled
-from tests.unit.world import ROOMY, serving, world
+from tests.unit.world import ROOMY, assert_same, serving, solo, world
 
 pytestmark = pytest.mark.usefixtures("nothing_leaks")
 
@@ -164,3 +166,30 @@ async def test_who_is_shut_out_and_stays_is_dropped(
         assert getattr(reply, "code", None) is ErrorCode.AUTH
         assert service.connections.num_clients == 1
         await settled(lambda: service.connections.num_clients == 0)
+
+
+async def test_who_is_trusted_no_more_has_to_come_again() -> None:
+    """And does so unseen, if the keys have only changed for others."""
+    split = world()
+    service = split.service(replace(ROOMY, max_silence_s=0.05))
+    connections: list[QueuedConnection] = []
+    changed = asyncio.Event()
+
+    async def handle(connection: Connection) -> None:
+        assert isinstance(connection, QueuedConnection)
+        if not connections:
+            connection.ask_trust = lambda: not changed.is_set()
+        connections.append(connection)
+        await service.handle(connection)
+
+    async with serving(handle) as address:
+        model = split.split(address, keepalive_s=0.01)
+        context = await Context.open(model, patience_s=10)
+        await context.advance(PROMPT)
+        changed.set()
+        link = await model.link()
+        await settled(lambda: not link.is_open)
+        expected = await solo(split.unsplit(), [*PROMPT, 7])
+        assert_same(await context.advance([*PROMPT, 7]), expected[-1])
+        assert (len(connections), service.metrics.sessions_resumed) == (2, 1)
+        await model.aclose()
