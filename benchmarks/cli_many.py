@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -29,6 +30,7 @@ def register(app: typer.Typer) -> None:
     app.command(epilog=SERVE_EXAMPLE)(serve)
     app.command(epilog=SCHEDULING_EXAMPLE)(scheduling)
     app.command(epilog=SITUATIONS_EXAMPLE)(situations)
+    app.command(epilog=LOAD_EXAMPLE)(load)
 
 
 SERVE_EXAMPLE = (
@@ -152,3 +154,82 @@ def situations(
         )
         result = measure_situations(settings, report)
     finish(result, situations_table(result), json_file)
+
+
+class LoadTransport(StrEnum):
+    """What the cloud listens with."""
+
+    TCP = "tcp"
+    TLS = "tls"
+
+
+LOAD_EXAMPLE = (
+    "Example: privatelora-bench load --rounds 5 --json load.json --plot load.png\n\n"
+    "privatelora-bench load --transport tls --rate 200 --idle 200"
+)
+
+
+def load(
+    model: ModelOption = DEFAULT_MODEL,
+    every: EveryOption = 1,
+    transport: Annotated[
+        LoadTransport, typer.Option(help="What the cloud listens with.")
+    ] = LoadTransport.TCP,
+    attacks: Annotated[
+        str | None, typer.Option(help="Some of the kinds, such as dropped,slow. Default: all.")
+    ] = None,
+    sessions: Annotated[int, typer.Option(min=1, help="Sessions that decode all along.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of quiet, attack, control.")] = 3,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of each phase.")] = 4.0,
+    rate: Annotated[
+        float, typer.Option(min=1.0, help="Connections per second opened and dropped.")
+    ] = 500.0,
+    num_idle: Annotated[
+        int, typer.Option("--idle", min=1, help="Idle connections, half of them after a Hello.")
+    ] = 400,
+    num_slow: Annotated[
+        int, typer.Option("--slow", min=1, help="Slow writers; as many ask and do not read.")
+    ] = 100,
+    dtype: DtypeOption = FloatDtype.BFLOAT16,
+    json_file: JsonOption = None,
+    plot_file: PlotOption = None,
+) -> None:
+    """Measure what attacks on a cloud's port cost the sessions that work there.
+
+    Connections opened and dropped, idle ones, slow writers and readers, one kind after the other
+    and all together; each against quiet, and against the same attack on a process beside.
+    """
+    from privatelora.benchmarks.load import KINDS, LoadSettings, measure_load
+    from privatelora.benchmarks.load_show import load_plot, load_table
+    from privatelora.benchmarks.serve import ServeSettings
+    from privatelora.benchmarks.show import check_plotting
+
+    check_writable(json_file)
+    check_plotting(plot_file)
+    check_writable(plot_file)
+    with working() as (directory, report):
+        result = measure_load(
+            LoadSettings(
+                serving=ServeSettings(
+                    model=model,
+                    every=every,
+                    sessions=(sessions,),
+                    rtts_ms=(),
+                    prompt_tokens=32,
+                    tokens=128,
+                    dtype=dtype.value,
+                    directory=directory,
+                ),
+                transport=transport.value,
+                kinds=KINDS[transport.value] if attacks is None else tuple(attacks.split(",")),
+                rounds=rounds,
+                seconds=seconds,
+                rate=rate,
+                num_idle=num_idle,
+                num_slow=num_slow,
+            ),
+            report,
+        )
+    finish(result, load_table(result), json_file)
+    if plot_file is not None:
+        load_plot(result, plot_file)

@@ -169,8 +169,19 @@ def prepare(settings: ServeSettings) -> int:
 @contextmanager
 def serving(settings: ServeSettings, scheduling: str = OURS, **changes: Any) -> Iterator[str]:
     """A cloud of the model; its address. ``changes``: of the settings in its file."""
+    file = write_settings(settings.directory / "cloud.yaml", cloud_config(settings) | changes)
+    if scheduling == OURS:
+        daemon = Daemon("privatelora.cli.serve", file)
+    else:
+        daemon = Daemon("privatelora.benchmarks.serve_cloud", file, scheduling)
+    with daemon as cloud:
+        yield cloud.read_line().removeprefix("ready ").strip()
+
+
+def cloud_config(settings: ServeSettings) -> dict[str, Any]:
+    """Settings of a cloud of the model, with room for all sessions."""
     most = max(16, *settings.sessions)
-    config = {
+    return {
         "listen": "tcp://127.0.0.1:0",
         "shard": "shards/cloud",
         "num_threads": 1,
@@ -178,13 +189,6 @@ def serving(settings: ServeSettings, scheduling: str = OURS, **changes: Any) -> 
         "max_sessions_per_client": most,
         "max_cached_positions": 4096 + most * (settings.prompt_tokens + settings.tokens + 64),
     }
-    file = write_settings(settings.directory / "cloud.yaml", config | changes)
-    if scheduling == OURS:
-        daemon = Daemon("privatelora.cli.serve", file)
-    else:
-        daemon = Daemon("privatelora.benchmarks.serve_cloud", file, scheduling)
-    with daemon as cloud:
-        yield cloud.read_line().removeprefix("ready ").strip()
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def serve_table(result: dict[str, Any]) -> Table:
 
 def serve_plot(result: dict[str, Any], file: Path) -> None:
     """Aggregate tokens/s against sessions, a line for each distance, with its roofline."""
-    pyplot = _pyplot()
+    pyplot = get_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for index, rtt_ms in enumerate(sorted({row["rtt_ms"] for row in result["rows"]})):
         rows = [row for row in result["rows"] if row["rtt_ms"] == rtt_ms]
@@ -92,7 +92,7 @@ def _scale_by_sessions(axes: Any, sessions: list[int]) -> None:
 
 def serve_comparison_plot(result: dict[str, Any], file: Path) -> None:
     """Aggregate tokens/s against sessions: a panel for each distance, a line for each way."""
-    pyplot = _pyplot()
+    pyplot = get_pyplot()
     rtts_ms = sorted({row["rtt_ms"] for row in result["rows"]})
     figure, panels = pyplot.subplots(
         1, len(rtts_ms), figsize=(1 + 4 * len(rtts_ms), 4.5), sharey=True, squeeze=False
@@ -202,7 +202,7 @@ def transport_table(result: dict[str, Any]) -> Table:
 
 def transport_plot(result: dict[str, Any], file: Path) -> None:
     """Bars of p50 with p99 as whiskers, and of throughput."""
-    pyplot = _pyplot()
+    pyplot = get_pyplot()
     rows = result["rows"]
     names = [row["transport"] for row in rows]
     colours = ["0.7" if "bare" in name else "tab:blue" for name in names]
@@ -315,7 +315,7 @@ def quality_table(result: dict[str, Any]) -> Table:
 
 def quality_plot(result: dict[str, Any], file: Path) -> None:
     """KL to fp32 against bytes, for codecs used both ways."""
-    pyplot = _pyplot()
+    pyplot = get_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for row in result["rows"]:
         if row["direction"] != "both" or row["kl"] <= 0:
@@ -342,12 +342,13 @@ def check_plotting(file: Path | None) -> None:
     """Raise ConfigError if ``file`` is wanted and cannot be drawn: before the work."""
     if file is None:
         return
-    _pyplot()
+    get_pyplot()
     if file.suffix.lower() != ".png":
         raise ConfigError(f"--plot {file}: pictures are PNG files; choose a name that ends in .png")
 
 
-def _pyplot() -> Any:
+def get_pyplot() -> Any:
+    """Matplotlib for pictures in files; ConfigError if it is missing."""
     try:
         import matplotlib
     except ImportError as error:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.e2e.processes import BENCH, Commands
 from tests.partition.tiny import save_tiny
 
@@ -137,6 +139,7 @@ def test_options_that_make_no_sense(commands: Commands, tmp_path: Path) -> None:
         (("scheduling", "--sessions", "0"), "--sessions 0: give numbers from 1"),
         (("emulator", "--mbps", "fast"), "--mbps 'fast': give numbers, such as 1,20"),
         (("emulator", "--mbps", "-5"), "bandwidth_mbps must be at least"),
+        (("load", "--attacks", "abandoned"), "no attack 'abandoned' on tcp://; choose from"),
     ):
         found = commands.run(BENCH, *arguments)
         assert (found.code, found.out) == (1, "")
@@ -161,3 +164,37 @@ def test_turns(commands: Commands, tmp_path: Path) -> None:
         assert 0 < second["tokens_run"] < cold["tokens_run"] / 3
         assert 0 < second["bytes_to_cloud"] < cold["bytes_to_cloud"] / 3
         assert row["speedup"]["min"] <= row["speedup"]["median"] <= row["speedup"]["max"]
+
+
+@pytest.mark.parametrize(
+    ("transport", "attacks"), [("tcp", "dropped,idle,slow,unread"), ("tls", "abandoned,idle")]
+)
+def test_load(commands: Commands, tmp_path: Path, transport: str, attacks: str) -> None:
+    model = save_tiny("llama", tmp_path / "model", hidden_size=256)
+    content = result(
+        commands,
+        tmp_path,
+        *("load", "--model", model, "--dtype", "float32", "--transport", transport),
+        *("--attacks", attacks),
+        *("--sessions", 2, "--rounds", 1, "--seconds", 0.5, "--rate", 100),
+        *("--idle", 8, "--slow", 6, "--plot", tmp_path / "plot.png"),
+    )
+    rows = {row["attack"]: row for row in content["rows"]}
+    assert list(rows) == [*attacks.split(","), "all"]
+    for row in rows.values():
+        [found] = row["rounds"]
+        rates = {phase: found[phase]["tokens_per_s"] for phase in ("quiet", "attack", "control")}
+        assert min(rates.values()) > 0
+        assert abs(row["vs_quiet"]["median"] - rates["attack"] / rates["quiet"]) < 1e-9
+        assert abs(row["vs_control"]["median"] - rates["attack"] / rates["control"]) < 1e-9
+        assert found["control"]["connections"]["opened"] > 0
+    held = {"idle": 8, "slow": 6, "unread": 6}
+    held["all"] = sum(number for name, number in held.items() if name in rows)
+    for name in rows.keys() & held.keys():
+        number = held[name]
+        assert rows[name]["connections"]["opened"] >= number
+        assert (
+            rows[name]["cloud_descriptors_peak"] >= content["cloud_before"]["descriptors"] + number
+        )
+    assert content["cloud_after"]["descriptors"] == content["cloud_before"]["descriptors"]
+    assert (tmp_path / "plot.png").read_bytes().startswith(PNG)

@@ -137,6 +137,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "bench transport": (BENCH, "transport"),
     "bench serve": (BENCH, "serve"),
     "bench situations": (BENCH, "situations"),
+    "bench load": (BENCH, "load"),
     "bench quality": (BENCH, "quality"),
     "bench turns": (BENCH, "turns"),
     "bench http": (BENCH, "http"),
