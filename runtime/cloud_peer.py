@@ -26,6 +26,7 @@ from privatelora.runtime.engine import Step
 from privatelora.runtime.kv_cache import KVCache
 from privatelora.runtime.outbox import Outbox
 from privatelora.runtime.payload.codec import CODEC_NAMES
+from privatelora.runtime.rate_limit import RateLimit
 from privatelora.runtime.tensors import pack, unpack
 from privatelora.runtime.wire.failures import error_reply
 from privatelora.runtime.wire.handshake import check_hello
@@ -57,6 +58,9 @@ logger = logging.getLogger(__name__)
 
 HELLO_TIMEOUT_S = 10.0
 GOODBYE_TIMEOUT_S = 5.0
+MAX_CONTROL_PER_S = 100.0
+"""Messages that are no part of a step, from one edge. Those beyond it are read later: they cost the
+cloud time that no account counts."""
 MAX_FRAMES_AT_ONCE = 64
 """Frames taken from one edge before others have a turn."""
 MAX_UNREAD = MAX_SESSIONS * (MAX_STEPS + 1) + MAX_PINGS
@@ -103,6 +107,7 @@ class CloudPeer:
         self._wire = WireConnection(Role.CLOUD, WireLimits())
         self._sessions: dict[int, Session] = {}
         self._has_begun_step = False
+        self._control = RateLimit(MAX_CONTROL_PER_S)
         self._watching: asyncio.TimerHandle
 
     @property
@@ -142,6 +147,8 @@ class CloudPeer:
                 is_over = self._take_frame(frame)
             if is_over:
                 return
+            if (delay_s := self._control.delay(time.monotonic())) > 0:
+                await asyncio.sleep(delay_s)
             if self._service.runner.is_due or self._has_begun_step:
                 # What has arrived is part of the next batch, which runs before this looks again;
                 # and once a step, others have a turn whatever is there.
@@ -226,6 +233,8 @@ class CloudPeer:
     def _take_frame(self, frame: memoryview) -> bool:
         """Act on one frame; return whether the edge has said its last word."""
         message = self._wire.receive(frame)
+        if not isinstance(message, StepBegin | ExchangeReply):
+            self._control.take(time.monotonic())
         if self._outbox.num_waiting > MAX_UNREAD:
             raise RemoteProtocolError(
                 f"it does not read: {self._outbox.num_waiting} messages wait for it"

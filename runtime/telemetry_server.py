@@ -68,6 +68,7 @@ def serving_metrics(
 def _server_class(family: socket.AddressFamily) -> type[WSGIServer]:
     class Server(ThreadingMixIn, WSGIServer):
         address_family = family
+        request_queue_size = MAX_CONNECTIONS
         daemon_threads = True  # who is slow to ask does not hold up the end
         connections: ClassVar[dict[socket.socket, None]] = {}
         lock: ClassVar[threading.Lock] = threading.Lock()

@@ -249,6 +249,7 @@ async def test_an_edge_that_asks_and_does_not_read_is_sent_away(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(cloud_peer, "MAX_UNREAD", 100)
+    monkeypatch.setattr(cloud_peer, "MAX_CONTROL_PER_S", 1e9)
     split = world()
     async with (
         serving(split.service().handle) as address,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,13 @@ from pydantic import SecretStr
 
 from privatelora.errors import AuthError, CapacityError, ConnectionClosed, TransportTimeout
 from privatelora.runtime.client_tokens import TokensFile, digest
+from privatelora.runtime.cloud_peer import MAX_CONTROL_PER_S
 from privatelora.runtime.generation import Context
 from privatelora.runtime.wire.messages import ErrorCode, Ping, Pong
 from privatelora.transports.base import Connection, Limits
 from privatelora.transports.connection import QueuedConnection
 from privatelora.transports.registry import connect
-from tests.unit.peers import RawCloud, raw_cloud, raw_edge
+from tests.unit.peers import RawCloud, RawEdge, raw_cloud, raw_edge
 from tests.unit.waiting import Recorder, settled
 from tests.unit.world import ROOMY, assert_same, serving, solo, world
 
@@ -193,3 +195,32 @@ async def test_who_is_trusted_no_more_has_to_come_again() -> None:
         assert_same(await context.advance([*PROMPT, 7]), expected[-1])
         assert (len(connections), service.metrics.sessions_resumed) == (2, 1)
         await model.aclose()
+
+
+async def test_a_flood_of_small_talk_is_read_slowly() -> None:
+    """Pings, each legal, as fast as they are answered; somebody else is served meanwhile."""
+    split = world()
+    expected = await solo(split.unsplit(), PROMPT)
+    service = split.service()
+    num_pongs = 0
+
+    async def chatter(edge: RawEdge) -> None:
+        nonlocal num_pongs
+        while True:
+            await edge.say(Ping(num_pongs + 1))
+            await edge.hear(Pong)
+            num_pongs += 1
+
+    async with serving(service.handle) as address, raw_edge(split, address) as edge:
+        started = time.monotonic()
+        task = asyncio.create_task(chatter(edge))
+        await settled(lambda: num_pongs >= 120)
+        elapsed_s = time.monotonic() - started
+        assert num_pongs <= MAX_CONTROL_PER_S * (elapsed_s + 1) + 2
+        assert elapsed_s > 0.1
+        model = split.split(address)
+        sequence = await model.open_sequence(64)
+        assert_same(await sequence.forward(PROMPT, 0, "all"), expected)
+        await model.aclose()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
