@@ -215,13 +215,16 @@ class CloudLink:
         if self._sessions.pop(session.session_id, None) is None:
             return
         session.fail(ConnectionClosed("the sequence was closed"))
-        if self.is_open and session.session_id in self._wire.sessions:
-            self.send(CloseSession(session.session_id))
+        self._end_on_cloud(session.session_id)
+
+    def _end_on_cloud(self, session_id: int) -> None:
+        if self.is_open and session_id in self._wire.sessions:
+            self.send(CloseSession(session_id))
 
     async def aclose(self) -> None:
         """Close the connection and everything on it. May be repeated."""
-        for session in list(self._sessions.values()):
-            self.close_session(session)  # so that the cloud keeps nothing for this edge's return
+        for session_id in self._sessions:  # so that the cloud keeps nothing for this edge's return
+            self._end_on_cloud(session_id)
         self._fail(ConnectionClosed("the link to the cloud was closed"))
         for task in self._tasks:
             task.cancel()

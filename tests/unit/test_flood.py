@@ -92,8 +92,8 @@ async def batches_per_token(num_decoding: int, num_prompting: int, tokens: Token
     split, recorder = world(), Recorder()
     service = split.service(LIMITS, recorder, tokens)
     async with serving(service.handle) as address:
-        quiet = split.split(address, token=QUIET)
-        flood = split.split(address, token=FLOOD, max_step_positions=8)
+        quiet = split.split(address, token=lambda: QUIET)
+        flood = split.split(address, token=lambda: FLOOD, max_step_positions=8)
         context = await Context.open(quiet, LENGTH)  # session 0
         await context.advance([1, 2])
         async with flooding(flood, num_decoding, num_prompting):
