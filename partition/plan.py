@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from privatelora.errors import PartitionError
 from privatelora.partition.models.config import DecoderConfig
+from privatelora.partition.models.families import MAX_LAYERS
 
 Target = Literal["q", "k", "v"]
 TARGETS: tuple[Target, ...] = ("q", "k", "v")
@@ -57,7 +58,7 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", ignored_types=(cached_property,))
 
-    num_layers: int = Field(gt=0)
+    num_layers: int = Field(gt=0, le=MAX_LAYERS)
     layers: tuple[int, ...]
     targets: tuple[Target, ...] = TARGETS
     rank_up: int = Field(default=128, gt=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
@@ -25,7 +25,7 @@ class PlanOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    num_layers: StrictInt | None = None
+    num_layers: Annotated[StrictInt, Field(gt=0, le=MAX_LAYERS)] | None = None
     """If given, the model must have exactly this many."""
     layers: StrictInt | str | tuple[StrictInt, ...] = "all"
     """``all``, a list, or ranges like ``0-5,8,10-29:2`` (both ends included)."""

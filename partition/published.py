@@ -29,6 +29,7 @@ from privatelora.partition.files import os_errors, write_atomic
 from privatelora.partition.models.families import MAX_LAYERS
 from privatelora.partition.plan import TARGETS, Plan, Target
 from privatelora.partition.plan_file import write_plan_file
+from privatelora.partition.torch_file import is_plain_tensor, load_torch_file
 from privatelora.yaml_file import explain
 
 BASIS_NAME = "basis.safetensors"
@@ -117,9 +118,9 @@ def _load(path: Path) -> Mapping[object, object]:
         raise PartitionError(f"{path} does not exist")
     try:
         # Only files of the older, unzipped format cannot be mapped.
-        state = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        state = load_torch_file(path, mmap=zipfile.is_zipfile(path))
+    except PartitionError:
+        raise
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to lead to
         raise PartitionError(
             f"{path} is damaged, or not a plain torch state dict; nothing in it was executed "
@@ -146,7 +147,12 @@ def _find_parts(state: Mapping[object, object], path: Path) -> dict[Key, dict[st
         target = next(target for target in TARGETS if target == match[2])
         if layer >= MAX_LAYERS:
             raise PartitionError(f"{path}: {name} names a layer beyond {MAX_LAYERS - 1}")
-        if not isinstance(value, Tensor) or value.ndim != 2 or not value.is_floating_point():
+        if not (
+            isinstance(value, Tensor)
+            and value.ndim == 2
+            and value.is_floating_point()
+            and is_plain_tensor(value)
+        ):
             raise PartitionError(f"{path}: {name} is not a matrix of numbers")
         found = parts.setdefault((layer, target), {})
         if part in found:

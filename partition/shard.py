@@ -72,6 +72,7 @@ def open_shard(directory: Path, role: ShardRole) -> Shard:
             f"{directory} is the {manifest.role} shard; the {role} needs the {role} shard"
         )
     _check_tensors(directory, manifest)
+    _check_listed(directory, manifest)
     for path, digest in manifest.files.items():
         _check_file(directory / path, digest)
     return Shard(directory, manifest)
@@ -96,6 +97,18 @@ def _check_tensors(directory: Path, manifest: Manifest) -> None:
                     f"{file.path}: tensor {name} is {file.dtype(name)}, the manifest says "
                     f"{entry.dtype}; {_AGAIN}"
                 )
+
+
+def _check_listed(directory: Path, manifest: Manifest) -> None:
+    """A file that nobody lists is not hashed, but a tokenizer would read it."""
+    folder = directory / TOKENIZER_DIR
+    with os_errors(f"read {folder}"):
+        found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    for name in found:
+        if f"{TOKENIZER_DIR}/{name}" not in manifest.files:
+            raise PartitionError(
+                f"{folder / name} is not in the manifest; remove it if you know it, else {_AGAIN}"
+            )
 
 
 def _check_file(path: Path, digest: str) -> None:

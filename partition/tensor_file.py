@@ -18,6 +18,7 @@ from torch import Tensor
 
 from privatelora.errors import PartitionError
 from privatelora.partition.files import os_errors
+from privatelora.plain_file import open_plain
 
 DtypeName = Literal["float32", "float16", "bfloat16"]
 
@@ -29,6 +30,9 @@ DTYPES: dict[DtypeName, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ALIGNMENT = 64
+MAX_HEADER_NBYTES = 8 << 20
+"""Longest safetensors header read; that of a decoder with 1024 layers has some 3 MB. The library
+takes 100 MB, which become many times that in memory."""
 CHUNK_NUMEL = 1 << 20
 """Numbers converted, hashed and written at a time."""
 
@@ -179,6 +183,17 @@ class TensorFileReader:
         return tensor.clone()
 
 
+def check_header_size(path: Path) -> None:
+    """Raise SafetensorError, as the library does for its own limits, for too long a header.
+
+    Raises OSError if this is no plain file that can be read.
+    """
+    with open_plain(path) as file:
+        nbytes = int.from_bytes(file.read(8), "little")
+    if nbytes > MAX_HEADER_NBYTES:
+        raise SafetensorError(f"a header of {nbytes} bytes; at most {MAX_HEADER_NBYTES} are read")
+
+
 @contextlib.contextmanager
 def open_tensor_file(path: Path) -> Iterator[TensorFileReader]:
     """Open a safetensors file.
@@ -188,8 +203,9 @@ def open_tensor_file(path: Path) -> Iterator[TensorFileReader]:
     """
     with os_errors(f"read {path}"):
         try:
-            # Opened first in the plain way: the library's error for a missing file is vague.
-            with path.open("rb"), safe_open(path, framework="pt") as handle:
+            # First, because the library's error for a missing file is vague.
+            check_header_size(path)
+            with safe_open(path, framework="pt") as handle:
                 yield TensorFileReader(path, handle)
         except SafetensorError as error:
             raise PartitionError(

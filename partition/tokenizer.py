@@ -10,12 +10,19 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from privatelora.errors import PartitionError
 from privatelora.partition.checkpoint.base import Checkpoint
 from privatelora.partition.checkpoint.gguf_header import GgufHeader, read_header
+from privatelora.partition.files import os_errors
 
 TOKENIZER_FILE = "tokenizer.json"
 
 # Any of these is enough to build a tokenizer from; without one, some versions of transformers
 # make up an empty tokenizer instead of failing.
 _SOURCE_FILES = (TOKENIZER_FILE, "tokenizer.model", "vocab.json")
+
+MAX_FILE_NBYTES = 128 << 20
+"""Largest file that belongs to a tokenizer; the largest vocabularies take 35 MB."""
+
+_TEXT_SUFFIXES = frozenset((".jinja", ".json", ".model", ".tiktoken", ".txt"))
+_TEMPLATES = "additional_chat_templates"
 
 # How byte-level vocabularies in GGUF cut text before merging. transformers knows these; for
 # any other it would cut as GPT-2 does without a word, and give other tokens.
@@ -53,11 +60,13 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """Load what ``export_tokenizer`` wrote; PartitionError if it is missing or damaged."""
     if not (directory / TOKENIZER_FILE).is_file():
         raise PartitionError(f"{directory} holds no {TOKENIZER_FILE}; partition the model again")
+    _check_files(directory)
     try:
         tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
             directory, local_files_only=True
         )
-    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+    except BaseException as error:  # tokenizers raises bare Exception for a damaged file
+        _require_translatable(error)
         raise PartitionError(f"{directory}: the tokenizer is damaged ({_line(error)})") from error
     return tokenizer
 
@@ -67,11 +76,13 @@ def _from_directory(directory: Path, source: str) -> PreTrainedTokenizerBase:
         raise PartitionError(
             f"{source} holds no tokenizer: expected one of {', '.join(_SOURCE_FILES)}"
         )
+    _check_files(directory)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+    except BaseException as error:  # tokenizers raises bare Exception for a damaged file
+        _require_translatable(error)
         raise PartitionError(f"{source}: cannot load its tokenizer ({_line(error)})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.is_fast:
         raise PartitionError(f"{source}: its tokenizer has no {TOKENIZER_FILE} form")
@@ -85,7 +96,8 @@ def _from_gguf(directory: Path, file_name: str, source: str) -> PreTrainedTokeni
         tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
             directory, gguf_file=file_name, local_files_only=True
         )
-    except Exception as error:  # a damaged vocabulary raises whatever it happens to lead to
+    except BaseException as error:  # a damaged vocabulary raises whatever it happens to lead to
+        _require_translatable(error)
         raise PartitionError(f"{source}: cannot build its tokenizer ({_line(error)})") from error
     if split == "smollm":
         # SmolLM's own tokenizer cuts digits apart first; transformers cuts these as GPT-2.
@@ -125,6 +137,33 @@ def _split(header: GgufHeader, source: str) -> str | None:
     return split
 
 
-def _line(error: Exception) -> str:
+def _check_files(directory: Path) -> None:
+    """Refuse what transformers would wait for, or read without an end."""
+    with os_errors(f"read {directory}"):
+        for path in (*directory.iterdir(), *directory.glob(f"{_TEMPLATES}/*")):
+            if path.is_dir():
+                continue
+            if not path.is_file():
+                raise PartitionError(f"{path} is not a plain file")
+            if path.suffix in _TEXT_SUFFIXES and path.stat().st_size > MAX_FILE_NBYTES:
+                raise PartitionError(
+                    f"{path} is larger than {MAX_FILE_NBYTES} bytes: no part of a tokenizer"
+                )
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether Rust code panicked, as tokenizers does for a regular expression without an end.
+
+    PyO3 makes that no Exception, so that programs end; a file of somebody else's must not do that.
+    """
+    return type(error).__name__ == "PanicException"
+
+
+def _require_translatable(error: BaseException) -> None:
+    if not isinstance(error, Exception) and not is_panic(error):
+        raise error
+
+
+def _line(error: BaseException) -> str:
     """First line of an exception's message."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -15,6 +15,8 @@ from privatelora.plain_file import open_plain
 MAX_FILE_NBYTES = 1 << 20
 MAX_NODES = 32_768
 """Keys, values and lists in one file; the largest there is, of tokens, has 20 001."""
+MAX_DEPTH = 32
+"""Reading a list takes time with the square of how many it lies in."""
 MAX_NUMBER_CHARS = 64
 MAX_EXPLAINED = 1000
 """A file made to be wrong in a million places would take a gigabyte to be explained."""
@@ -72,6 +74,7 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: bytes) -> None:
         super().__init__(text)
         self._num_nodes = 0
+        self._depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
@@ -80,7 +83,12 @@ class _Loader(yaml.SafeLoader):
             raise _refused(f"more than {MAX_NODES} keys and values", event)
         if isinstance(event, yaml.AliasEvent):
             raise _refused("an alias, which is not read here; write it out", event)
-        return super().compose_node(parent, index)
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise _refused(f"more than {MAX_DEPTH} lists in each other", event)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         mapping = super().construct_mapping(node, deep)

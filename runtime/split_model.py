@@ -99,11 +99,7 @@ class EdgeParts:
 
 
 class CloudAccess:
-    """The one connection that all models of an edge share, opened again when it was lost.
-
-    ``max_positions``, ``max_step_positions``: of one sequence and one step; less once a cloud
-    was reached that offers less.
-    """
+    """The one connection that all models of an edge share, opened again when it was lost."""
 
     def __init__(
         self,
@@ -113,14 +109,29 @@ class CloudAccess:
         max_positions: int,
         max_step_positions: int,
     ) -> None:
+        """``max_positions``, ``max_step_positions``: of one sequence and one step."""
         self.sent = SentLog()
-        self.max_positions = max_positions
-        self.max_step_positions = max_step_positions
+        self._own = self._offered = (max_positions, max_step_positions)
         self._parts = parts
         self._fingerprints = fingerprints
         self._settings = settings
         self._link: CloudLink | None = None
         self._connecting = asyncio.Lock()
+
+    @property
+    def max_positions(self) -> int:
+        """Of one sequence; less while it is connected to a cloud that offers less."""
+        return self._limits[0]
+
+    @property
+    def max_step_positions(self) -> int:
+        """Of one step; less while it is connected to a cloud that takes smaller frames."""
+        return self._limits[1]
+
+    @property
+    def _limits(self) -> tuple[int, int]:
+        is_connected = self._link is not None and self._link.is_open
+        return self._offered if is_connected else self._own
 
     async def link(self) -> CloudLink:
         """The live connection, opened now if there is none; raises as ``open_link`` does."""
@@ -129,11 +140,16 @@ class CloudAccess:
                 await self._link.aclose()
                 self._link = None
             if self._link is None:
-                self._link = link = await open_link(
+                link = await open_link(
                     self._settings, self._fingerprints, self._parts.answers, self.sent
                 )
-                self.max_positions = min(self.max_positions, link.cloud.max_positions)
-                self.max_step_positions = min(self.max_step_positions, self._largest_step(link))
+                try:
+                    offers = link.cloud.max_positions, self._largest_step(link)
+                except RequestError:
+                    await link.aclose()
+                    raise
+                positions, step_positions = map(min, self._own, offers)
+                self._link, self._offered = link, (positions, step_positions)
             return self._link
 
     async def aclose(self) -> None:

@@ -16,7 +16,7 @@ import socket
 import struct
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from time import monotonic
+from time import monotonic, thread_time
 from typing import Any, TypeVar
 
 from privatelora.errors import ConnectError, TransportTimeout
@@ -207,7 +207,7 @@ class AcceptLoop:
                 sock.close()
 
     def charge(self, seconds: float) -> None:
-        """Count time that was spent on a new connection after it was handed over."""
+        """Count processor time that was spent on a new connection after it was handed over."""
         self._rests_until = max(self._rests_until, monotonic() - _REST_SPARED_S) + _REST * seconds
 
     def _resume(self, listening: socket.socket) -> None:
@@ -219,7 +219,7 @@ class AcceptLoop:
         self._retries[listening] = self._loop.call_later(seconds, self._resume, listening)
 
     def _accept(self, listening: socket.socket) -> None:
-        started = monotonic()
+        started = thread_time()  # waiting for a processor is no work
         for _ in range(_MAX_ACCEPTS):
             try:
                 sock, _peer = listening.accept()
@@ -242,8 +242,8 @@ class AcceptLoop:
                 self._on_accept(sock)
             except OSError:
                 sock.close()
+        self.charge(thread_time() - started)
         now = monotonic()
-        self.charge(now - started)
         if self._rests_until > now:
             self._pause(listening, self._rests_until - now)
 

@@ -10,7 +10,7 @@ import ssl
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from time import monotonic
+from time import thread_time
 from typing import TypeVar
 
 from privatelora.errors import RemoteProtocolError
@@ -71,7 +71,7 @@ class TlsStream(SocketStream):
         """Encrypted, and not yet taken by the operating system."""
         self._has_ended = False
         self.setup_s = 0.0
-        """Time that setting up took of this process, waiting left out."""
+        """Processor time that setting up took."""
 
     @property
     def context(self) -> ssl.SSLContext:
@@ -113,12 +113,12 @@ class TlsStream(SocketStream):
     async def _carry_on(self, step: Callable[[], _T]) -> _T:
         """Call ``step`` until it misses nothing from the peer, and send what it wrote."""
         while True:
-            started = monotonic()
+            started = thread_time()
             try:
                 try:
                     result = step()
                 finally:
-                    self.setup_s += monotonic() - started
+                    self.setup_s += thread_time() - started
             except ssl.SSLWantReadError:
                 await self._send_written()
                 await self._receive_more()

@@ -10,15 +10,25 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from privatelora.errors import PartitionError
+from privatelora.plain_file import open_plain
 
 MAX_STRING_NBYTES = 16 * 2**20
-"""Longest metadata string taken; chat templates, the longest in practice, have kilobytes."""
+"""Longest metadata string taken, and all of them and all names together; chat templates, the
+longest in practice, have kilobytes."""
+
+MAX_ENTRIES = 32_768
+"""Keys, and tensors; a decoder of 1024 layers has some 17 000 tensors."""
+
+MAX_STEPS = 4 * 2**20
+"""Strings in arrays that are stepped over; the largest vocabularies have a quarter of a million,
+and as many merges."""
 
 MAX_DIMS = 4
 """What ggml itself allows."""
@@ -73,7 +83,7 @@ class GgufHeader:
 def map_file(path: Path) -> mmap.mmap:
     """Map a file for reading; PartitionError if it is missing, empty or unreadable."""
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError as error:
         raise PartitionError(f"{path} does not exist") from error
@@ -111,6 +121,8 @@ class _Cursor:
     def __init__(self, data: mmap.mmap | bytes) -> None:
         self.data = data
         self.position = 0
+        self._num_text_bytes = 0
+        self._num_steps = 0
 
     def advance(self, nbytes: int) -> int:
         """Step over ``nbytes`` and return where they start."""
@@ -131,7 +143,8 @@ class _Cursor:
 
     def string(self) -> str:
         nbytes = self.integer(_U64)
-        if nbytes > MAX_STRING_NBYTES:
+        self._num_text_bytes += nbytes
+        if self._num_text_bytes > MAX_STRING_NBYTES:
             raise _BadHeaderError(
                 f"damaged: a string of {nbytes} bytes at byte {self.position}; download it again"
             )
@@ -152,6 +165,12 @@ class _Cursor:
     def _array(self) -> GgufArray:
         kind, length = self.integer(_U32), self.integer(_U64)
         if kind == _STRING:
+            self._num_steps += length
+            if self._num_steps > MAX_STEPS:
+                raise _BadHeaderError(
+                    f"damaged: an array of {length} strings at byte {self.position}; download it "
+                    "again"
+                )
             for _ in range(length):
                 self.advance(self.integer(_U64))
         else:
@@ -173,6 +192,10 @@ def _parse(cursor: _Cursor) -> GgufHeader:
         reason = "big-endian files are" if version % 2**16 == 0 else f"GGUF version {version} is"
         raise _BadHeaderError(f"{reason} not supported; versions 2 and 3, little-endian, are")
     num_tensors, num_keys = cursor.integer(_U64), cursor.integer(_U64)
+    if max(num_tensors, num_keys) > MAX_ENTRIES:
+        raise _BadHeaderError(
+            f"damaged: {num_tensors} tensors and {num_keys} keys; at most {MAX_ENTRIES} make sense"
+        )
     metadata: dict[str, Scalar | GgufArray] = {}
     for _ in range(num_keys):
         key = cursor.string()
@@ -193,7 +216,17 @@ def _parse(cursor: _Cursor) -> GgufHeader:
         name: _placed(name, shape, encoding, data_start + offset, len(cursor.data))
         for name, (shape, encoding, offset) in entries.items()
     }
+    _check_apart(tensors)
     return GgufHeader(metadata, tensors)
+
+
+def _check_apart(tensors: Mapping[str, GgufTensor]) -> None:
+    """A small file whose tensors all lie in one place would become large shards."""
+    end = 0
+    for tensor in sorted(tensors.values(), key=lambda tensor: tensor.start):
+        if tensor.start < end:
+            raise _BadHeaderError(f"damaged: {tensor.name} overlaps another tensor")
+        end = tensor.start + tensor.nbytes
 
 
 def _tensor_entry(cursor: _Cursor, name: str) -> tuple[tuple[int, ...], GGMLQuantizationType, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +17,15 @@ from privatelora.partition.checkpoint.base import (
     is_derived,
 )
 from privatelora.partition.checkpoint.shards import BinShard, SafetensorsShard, Shard
+from privatelora.partition.files import parse_json
 from privatelora.partition.models.config import DecoderConfig
 from privatelora.partition.models.families import EMBED_TOKENS, LM_HEAD, Shape, from_hf_config
+from privatelora.plain_file import open_plain
 
-MAX_JSON_NBYTES = 64 * 2**20
+MAX_JSON_NBYTES = 4 * 2**20
+"""Of config.json and the index of weights, which names each tensor: 2 MB for 1024 layers."""
 
-_PLAIN_NAME = re.compile(r"[^/\0]*[^/\0.][^/\0]*")
+_PLAIN_NAME = re.compile(r"(?!\.)[\w.+ -]{1,200}", re.ASCII)
 
 _WEIGHT_FILES: tuple[tuple[str, Callable[[Path], Shard]], ...] = (
     ("model.safetensors", SafetensorsShard),
@@ -170,16 +172,18 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _read_json(path: Path) -> dict[str, object]:
     """A JSON object from a file of bounded size."""
     try:
-        if path.stat().st_size > MAX_JSON_NBYTES:
+        with open_plain(path) as file:
+            text = file.read(MAX_JSON_NBYTES + 1)
+        if len(text) > MAX_JSON_NBYTES:
             raise PartitionError(f"{path} is larger than {MAX_JSON_NBYTES // 2**20} MiB")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(text)
     except FileNotFoundError as error:
         raise PartitionError(
             f"{path} does not exist; name a Hugging Face model directory, or a .gguf file"
         ) from error
     except OSError as error:
         raise PartitionError(f"{path} cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise PartitionError(f"{path} is not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise PartitionError(f"{path} must hold a JSON object")

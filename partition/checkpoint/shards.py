@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 
 from privatelora.errors import PartitionError
 from privatelora.partition.models.families import Shape
+from privatelora.partition.tensor_file import check_header_size
+from privatelora.partition.torch_file import is_plain_tensor, load_torch_file
 
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -45,6 +47,7 @@ class SafetensorsShard:
         self.path = path
         self._file: Any
         try:
+            check_header_size(path)
             self._file = safe_open(path, framework="pt", device="cpu")
             self._names: frozenset[str] = frozenset(self._file.keys())
         except FileNotFoundError as error:
@@ -87,7 +90,7 @@ class BinShard:
         self.path = path
         loaded = _load_bin(path)
         if not isinstance(loaded, dict) or not all(
-            isinstance(name, str) and isinstance(value, torch.Tensor) and _is_plain(value)
+            isinstance(name, str) and isinstance(value, torch.Tensor) and is_plain_tensor(value)
             for name, value in loaded.items()
         ):
             raise PartitionError(f"{path} is not a plain table of names and tensors")
@@ -114,21 +117,13 @@ class BinShard:
         self._tensors = {}
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is dense, on the CPU and no larger than the bytes behind it."""
-    return (
-        tensor.layout is torch.strided
-        and tensor.is_cpu
-        and tensor.nbytes <= tensor.untyped_storage().nbytes()
-    )
-
-
 def _load_bin(path: Path) -> object:
     if not path.is_file():
         raise PartitionError(f"{path} does not exist")
     try:
-        # weights_only is given outright: no environment variable can then switch it off.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return load_torch_file(path, mmap=True)
+    except PartitionError:
+        raise
     except Exception as error:  # a damaged file raises whatever its bytes happen to lead to
         text = str(error)
         culprit = _DISALLOWED_GLOBAL.search(text)

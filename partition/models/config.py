@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+_MAX = 2**31 - 1
+
+Count = Annotated[int, Field(gt=0, le=_MAX)]
+"""A size. Files may hold numbers of thousands of digits, with which arithmetic overflows."""
+TokenId = Annotated[int, Field(ge=-_MAX, le=_MAX)]
+"""Published files also say -1, for none."""
 
 
 class RopeConfig(BaseModel):
@@ -16,12 +23,12 @@ class RopeConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    theta: float = Field(gt=0)
+    theta: float = Field(gt=0, allow_inf_nan=False)
     kind: Literal["default", "linear", "llama3"] = "default"
-    factor: float = Field(default=1.0, gt=0)
-    low_freq_factor: float = Field(default=1.0, gt=0)
-    high_freq_factor: float = Field(default=4.0, gt=0)
-    original_max_positions: PositiveInt = 8192
+    factor: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    low_freq_factor: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    high_freq_factor: float = Field(default=4.0, gt=0, allow_inf_nan=False)
+    original_max_positions: Count = 8192
 
 
 class DecoderConfig(BaseModel):
@@ -34,26 +41,26 @@ class DecoderConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     family: str
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    num_layers: PositiveInt
-    num_heads: PositiveInt
-    num_kv_heads: PositiveInt
-    head_dim: PositiveInt
-    vocab_size: PositiveInt
-    max_positions: PositiveInt
-    rms_norm_eps: float = Field(gt=0)
+    hidden_size: Count
+    intermediate_size: Count
+    num_layers: Count
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    vocab_size: Count
+    max_positions: Count
+    rms_norm_eps: float = Field(gt=0, allow_inf_nan=False)
     rope: RopeConfig
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
     tie_word_embeddings: bool = False
-    sliding_window: PositiveInt | None = None
+    sliding_window: Count | None = None
     sliding_layers: tuple[int, ...] = ()
     """Layers that attend only to the last ``sliding_window`` positions (their own included)."""
-    bos_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: TokenId | None = None
+    eos_token_ids: tuple[TokenId, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> DecoderConfig:

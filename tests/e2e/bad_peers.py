@@ -48,7 +48,7 @@ for _name, _sent, _printed, _reply in (
     (
         "frame that is no message",
         frame(b"\xff" * 100),
-        "message type 255 does not exist",
+        "does not end with its checksum",
         ErrorCode.PROTOCOL,
     ),
     ("empty frame", frame(b""), "a frame of 0 bytes is too short", ErrorCode.PROTOCOL),

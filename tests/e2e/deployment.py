@@ -64,8 +64,16 @@ class Deployment:
 
 def write_yaml(path: Path, settings: Mapping[str, Any]) -> Path:
     """Write settings that are not None."""
-    path.write_text(yaml.safe_dump({k: v for k, v in settings.items() if v is not None}))
+    kept = {k: v for k, v in settings.items() if v is not None}
+    path.write_text(yaml.dump(kept, Dumper=_PlainDumper))
     return path
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """Writes what occurs twice twice: aliases are not read."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 class _KeptBasis:

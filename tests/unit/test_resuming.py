@@ -14,6 +14,7 @@ from privatelora.runtime.cloud_service import CloudService
 from privatelora.runtime.generation import Context
 from privatelora.runtime.kv_cache import BLOCK_SIZE
 from privatelora.runtime.wire.messages import ErrorCode, OpenSession, SessionOpened
+from privatelora.transports.base import Connection
 from tests.unit.peers import raw_edge
 from tests.unit.waiting import Recorder, let_run, settled
 from tests.unit.world import BOTH_BORDERS, ROOMY, World, assert_same, serving, solo, world
@@ -319,3 +320,27 @@ async def test_who_is_refused_after_the_link_was_lost_is_told() -> None:
         assert service.metrics.sessions_resumed == 1
         for each in (model, other):
             await each.aclose()
+
+
+async def test_what_a_cloud_offers_is_forgotten_with_it() -> None:
+    split = world()
+    small, roomy = split.service(replace(ROOMY, max_positions=7)), split.service()
+    services = [small, roomy]
+
+    async def handle(connection: Connection) -> None:
+        await services[0].handle(connection)
+
+    recorder = Recorder(handle)
+    async with serving(recorder) as address:
+        model = split.split(address)
+        await model.link()
+        assert model.max_positions == 7
+        del services[0]
+        recorder.connections[-1].abort()
+        link = await model.link()
+        await settled(lambda: not link.is_open)
+        assert model.max_positions == 128  # so that longer ones are tried again
+        context = await Context.open(model)
+        expected = await solo(split.unsplit(), PROMPT)
+        assert_same(await context.advance(PROMPT), expected[-1])
+        await model.aclose()
