@@ -15,7 +15,8 @@
     │   └── VersionMismatch        the peer speaks another protocol version
     ├── AuthError              the peer is not who it should be
     └── CapacityError          a limit is reached; trying later may work
-        └── SessionEvicted     a session's cache is gone; it can be rebuilt from its text
+        ├── SessionEvicted     a session's cache is gone; it can be rebuilt from its text
+        └── CloudDraining      the cloud shuts down and lets nobody in any more
 
 A message is for a person: what is wrong, where, and what to do. Exceptions of other
 libraries are translated where they enter, with the original as ``__cause__``.
@@ -91,3 +92,7 @@ class CapacityError(PrivateLoRAError):
 
 class SessionEvicted(CapacityError):
     """A session's cache was needed elsewhere; open another and send its text again."""
+
+
+class CloudDraining(CapacityError):
+    """The cloud shuts down; it may be back soon, or another in its place."""

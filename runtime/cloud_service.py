@@ -21,6 +21,7 @@ from privatelora import __version__
 from privatelora.errors import (
     AuthError,
     CapacityError,
+    CloudDraining,
     ConnectionClosed,
     PartitionError,
     ProtocolError,
@@ -391,5 +392,5 @@ class CloudService:
         return False
 
 
-def _shutting_down() -> CapacityError:
-    return CapacityError("this cloud is shutting down; try again later")
+def _shutting_down() -> CloudDraining:
+    return CloudDraining("this cloud is shutting down; try again later")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
-from privatelora.errors import CapacityError, RequestError
+from privatelora.errors import CapacityError, CloudDraining, RequestError
 from privatelora.runtime.generation import Context, common_prefix
 from privatelora.runtime.language_model import LanguageModel
+from privatelora.runtime.recovery import LOST
 
 
 @dataclass(eq=False)
@@ -37,13 +38,18 @@ class ContextPool:
         max_waiting: int,
         patience_s: float,
     ) -> None:
-        """``patience_s``: see ``Context.open``."""
+        """``patience_s``: see ``Context.open``.
+
+        Once somebody has waited so long for the cloud in vain, those who come next are told at
+        once, until somebody reaches it.
+        """
         self._models = models
         self._patience_s = patience_s
         self._max_contexts = max_contexts
         self._max_waiting = max_waiting
         self._turns = asyncio.Semaphore(max_contexts)
         self._num_waiting = 0
+        self._is_hopeless = False
         self.num_busy = 0
         self._idle: list[_Idle] = []
         """Those not used for longest first."""
@@ -86,9 +92,11 @@ class ContextPool:
     @asynccontextmanager
     async def _one(self, model: str, token_ids: Seq[int]) -> AsyncIterator[Context]:
         context = self._find(model, token_ids) or await self._open(model)
+        context.patience_s = self._patience_now
         is_good = False
         try:
-            yield context
+            with self._noting_hope():
+                yield context
             is_good = True
         except RequestError:
             is_good = True
@@ -100,6 +108,20 @@ class ContextPool:
                 )
             else:
                 await context.aclose()
+
+    @property
+    def _patience_now(self) -> float:
+        return 0.0 if self._is_hopeless else self._patience_s
+
+    @contextmanager
+    def _noting_hope(self) -> Iterator[None]:
+        """Around what needs the cloud."""
+        try:
+            yield
+        except LOST:
+            self._is_hopeless = True
+            raise
+        self._is_hopeless = False
 
     def _find(self, model: str, token_ids: Seq[int]) -> Context | None:
         best, longest = None, 0
@@ -117,7 +139,10 @@ class ContextPool:
             await self._close_oldest()
         while True:
             try:
-                return await Context.open(self._models[model], patience_s=self._patience_s)
+                with self._noting_hope():
+                    return await Context.open(self._models[model], patience_s=self._patience_now)
+            except CloudDraining:
+                raise
             except CapacityError:
                 if not self._idle:
                     raise

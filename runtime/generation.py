@@ -13,6 +13,7 @@ from collections.abc import Sequence as Seq
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -23,11 +24,10 @@ from privatelora.errors import (
     ProtocolError,
     RequestError,
     SessionEvicted,
-    TransportError,
 )
 from privatelora.runtime.json_constraint import JsonConstraint
 from privatelora.runtime.language_model import LanguageModel, Sequence, Traffic
-from privatelora.runtime.recovery import recover
+from privatelora.runtime.recovery import LOST, recover
 from privatelora.runtime.sampler import Sampler
 from privatelora.runtime.sampling_params import SamplingParams
 from privatelora.runtime.text import TextStream
@@ -99,7 +99,7 @@ class Context:
         self, model: LanguageModel, sequence: Sequence, max_positions: int, patience_s: float
     ) -> None:
         self._model = model
-        self._patience_s = patience_s
+        self.patience_s = patience_s
         self._sequence = sequence
         self.max_positions = max_positions
         self.token_ids: list[int] = []
@@ -120,10 +120,14 @@ class Context:
     ) -> Context:
         """Open a sequence of ``max_positions`` (default: all the model offers).
 
-        ``patience_s``: how long it waits for a cloud that is lost while it is advanced.
+        ``patience_s``: how long it waits for a cloud that is lost, now or while it is advanced.
         """
+        opening = partial(model.open_sequence, max_positions or model.max_positions)
+        try:
+            sequence = await opening()
+        except (ProtocolError, *LOST) as error:
+            sequence = await recover(opening, error, patience_s)
         max_positions = max_positions or model.max_positions
-        sequence = await model.open_sequence(max_positions)
         # What a model offers may only be known once its other half was reached.
         max_positions = min(max_positions, model.max_positions)
         return cls(model, sequence, max_positions, patience_s)
@@ -160,8 +164,8 @@ class Context:
 
         try:
             return await (run(token_ids) if self._sequence.is_open else run_again())
-        except (SessionEvicted, TransportError, ProtocolError) as error:
-            return await recover(run_again, error, self._patience_s)
+        except (SessionEvicted, ProtocolError, *LOST) as error:
+            return await recover(run_again, error, self.patience_s)
         except (RuntimeError, MemoryError) as error:  # torch reports exhausted memory as either
             logger.exception("running %d tokens failed", len(token_ids))
             raise CapacityError(

@@ -12,6 +12,7 @@ from tenacity.wait import wait_random_exponential
 from privatelora.errors import (
     AuthError,
     CapacityError,
+    CloudDraining,
     PrivateLoRAError,
     ProtocolError,
     SessionEvicted,
@@ -24,6 +25,8 @@ T = TypeVar("T")
 
 RECOVERABLE = (TransportError, CapacityError, ProtocolError, AuthError)
 """A cloud that comes back may be full at first; that passes too."""
+LOST = (TransportError, CloudDraining)
+"""What begins it, beside what only a session or a connection that was good meets."""
 
 MAX_EVICTIONS = 3
 """How often in a row a cache is rebuilt; a cloud that takes it away each time has no room."""

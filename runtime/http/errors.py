@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from privatelora.errors import (
     CapacityError,
+    CloudDraining,
     ConnectError,
     ConnectionClosed,
     PrivateLoRAError,
@@ -82,12 +83,12 @@ def as_api_error(error: PrivateLoRAError) -> ApiError:
         return ApiError(message, status=404, param="model", code="model_not_found")
     if isinstance(error, RequestError):
         return ApiError(message, param=FIELDS.get(message.partition(":")[0]))
+    if isinstance(error, ConnectError | ConnectionClosed | CloudDraining):
+        return ApiError(message, status=503, kind=SERVER_ERROR, code="cloud_unreachable")
     if isinstance(error, CapacityError):
         return too_many(message, error.retry_after_s or RETRY_AFTER_S)
     if isinstance(error, TransportTimeout):
         return ApiError(message, status=504, kind=SERVER_ERROR, code="cloud_timeout")
-    if isinstance(error, ConnectError | ConnectionClosed):
-        return ApiError(message, status=503, kind=SERVER_ERROR, code="cloud_unreachable")
     if isinstance(error, TransportError):
         return ApiError(message, status=502, kind=SERVER_ERROR, code="cloud_unreachable")
     # ProtocolError, AuthError, PartitionError, ConfigError: the two ends do not fit together.

@@ -43,6 +43,8 @@ class ErrorCode(StrEnum):
     """A limit is reached -> CapacityError."""
     EVICTED = "evicted"
     """The session's cache was needed elsewhere; its text rebuilds it -> SessionEvicted."""
+    DRAINING = "draining"
+    """The cloud shuts down and lets nobody in any more -> CloudDraining."""
     REQUEST = "request"
     """This request cannot be served -> RequestError."""
     AUTH = "auth"

@@ -141,6 +141,8 @@ class FakeModel:
         """Raised by the next steps, the last one first."""
         self.refusals: list[PrivateLoRAError] = []
         """Raised instead of opening a sequence again, the last one first."""
+        self.away: list[PrivateLoRAError] = []
+        """Raised instead of opening one, the last one first."""
         self.num_kept = 0
         """Positions at most that are still there when one is opened again."""
         self.sequences: list[FakeSequence] = []
@@ -150,6 +152,8 @@ class FakeModel:
     async def open_sequence(self, max_positions: int) -> FakeSequence:
         if max_positions > self.max_positions:
             raise RequestError("too long")
+        if self.away:
+            raise self.away.pop()
         if sum(not sequence.closed for sequence in self.sequences) >= self.max_sequences:
             raise CapacityError("the cloud is full")
         self.sequences.append(FakeSequence(self, max_positions))

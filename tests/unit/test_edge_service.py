@@ -10,6 +10,7 @@ import torch
 
 from privatelora.errors import (
     CapacityError,
+    CloudDraining,
     ConnectError,
     ConnectionClosed,
     LocalProtocolError,
@@ -264,6 +265,38 @@ async def test_a_cloud_that_is_away_for_a_while_is_waited_for() -> None:
             pass
     assert stats.token_ids == [22, 23, 24, 25]
     assert model.refusals == []
+    await service.aclose()
+
+
+@pytest.mark.parametrize("error", [ConnectError("nobody there"), CloudDraining("it shuts down")])
+async def test_who_asks_while_the_cloud_is_away_waits_too(error: PrivateLoRAError) -> None:
+    model = FakeModel()
+    service = fake_service(model, patience_s=30.0)
+    model.away = [error] * 3
+    assert await say(service, [20, 21]) == [22]
+    assert model.away == []
+    await service.aclose()
+
+
+async def test_who_asks_when_others_have_waited_in_vain_is_told_at_once() -> None:
+    model = FakeModel()
+    service = fake_service(model, patience_s=0.2)
+    await say(service, [20, 21])
+    model.sequences[0].lost = True
+    model.away = [ConnectError("nobody there")] * 1000
+    model.refusals = [ConnectError("nobody there")] * 1000
+    with pytest.raises(ConnectError):
+        await say(service, [50, 51])
+    assert len(model.away) < 999
+    for prompt, tried in (([60, 61], model.away), ([20, 21, 22], model.refusals)):
+        num_left = len(tried)
+        with pytest.raises(ConnectError):
+            await say(service, prompt)
+        assert len(tried) == num_left - 1
+    model.away = []  # it is back
+    assert await say(service, [70, 71]) == [72]
+    model.away = [ConnectError("nobody there")] * 2  # and waited for again
+    assert await say(service, [10, 11]) == [12]
     await service.aclose()
 
 
