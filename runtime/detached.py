@@ -44,8 +44,8 @@ class DetachedCaches:
     def keep(self, token_digest: str, detached: Detached) -> None:
         """Keep one more, and of its client no more than are allowed."""
         own = [key for key, (other, _) in self._kept.items() if other.client == detached.client]
-        for key in own[: len(own) + 1 - self._max_per_client]:
-            self._free(key)
+        if len(own) >= self._max_per_client:
+            self._free(own[0])
         timer = asyncio.get_running_loop().call_later(self._keep_s, self._free, token_digest)
         self._kept[token_digest] = detached, timer
 
