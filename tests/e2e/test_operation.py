@@ -68,7 +68,7 @@ def test_an_answer_under_way_comes_to_its_end(deployment: Deployment) -> None:
         assert serving.manager.recv(100) == b"READY=1"
         assert health(serving.metrics, "live") == (200, "live\n")
         assert health(serving.metrics, "ready") == (200, "ready\n")
-        edge_file = deployment.edge_yaml(serving.address, max_positions=4096)
+        edge_file = deployment.edge_yaml(serving.address, max_positions=4096, reconnect_timeout_s=0)
         with (
             Process(EDGE, "--lines", edge_file) as edge,
             Process(EDGE, "--lines", edge_file) as late,
@@ -80,7 +80,7 @@ def test_an_answer_under_way_comes_to_its_end(deployment: Deployment) -> None:
             serving.process.terminate()
             assert serving.manager.recv(100) == b"STOPPING=1"
             _, refused = late.ask(LONG)
-            assert refused["kind"] == "CapacityError"
+            assert refused["kind"] == "CloudDraining"
             assert "this cloud is shutting down; try again later" in refused["error"]
             assert health(serving.metrics, "live")[0] == 200
             assert health(serving.metrics, "ready") == (503, "this cloud is shutting down\n")
