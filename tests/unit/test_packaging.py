@@ -20,10 +20,11 @@ FOLDERS = {
     "privatelora.benchmarks": "benchmarks",
     "privatelora.partition": "partition",
     "privatelora.runtime": "runtime",
+    "privatelora.training": "training",
     "privatelora.transports": "transports",
 }
 """Where each part of the package lies in the repository."""
-COMMANDS = {"privatelora", "privatelora-serve", "privatelora-edge", "privatelora-bench"}
+COMMANDS = {"privatelora", "privatelora-serve", "privatelora-edge", "privatelora-bench", "privatelora-train"}
 
 
 def packages_on_disk() -> set[str]:

@@ -1,0 +1,1 @@
+"""From files, published datasets and procedural tasks to token ids with labels."""
