@@ -20,8 +20,8 @@ from privatelora.yaml_file import explain, read_yaml
 _RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9})(?::(\d{1,9}))?)?")
 
 
-class PlanOptions(BaseModel):
-    """The keys of a plan file, which are also the options of ``privatelora partition``."""
+class ArrangementOptions(BaseModel):
+    """What of a plan decides what an adapter means: as people write it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -39,14 +39,6 @@ class PlanOptions(BaseModel):
     """Adapted layers per exchange point, or ``all`` for a single point."""
     scaling: float = Field(default=1.0, allow_inf_nan=False)
     """Factor on what the adapter adds."""
-    edge_first: StrictInt = 0
-    """First layers that stay on the edge."""
-    edge_last: StrictInt = 0
-    """Last layers that stay on the edge."""
-
-    def check(self) -> None:
-        """Raise PartitionError for what no model allows; a given model may allow less."""
-        _arrange(self.num_layers or MAX_LAYERS, **self.model_dump(exclude={"num_layers"}))
 
     def plan_for(self, config: DecoderConfig) -> Plan:
         """Return the plan these options describe for one model; see :func:`make_plan`."""
@@ -55,7 +47,21 @@ class PlanOptions(BaseModel):
                 f"the plan is for a model with {self.num_layers} layers, this one has "
                 f"{config.num_layers}"
             )
-        return make_plan(config, **self.model_dump(exclude={"num_layers"}))
+        names = PlanOptions.model_fields.keys() & type(self).model_fields.keys() - {"num_layers"}
+        return make_plan(config, **{name: getattr(self, name) for name in names})
+
+
+class PlanOptions(ArrangementOptions):
+    """The keys of a plan file, which are also the options of ``privatelora partition``."""
+
+    edge_first: StrictInt = 0
+    """First layers that stay on the edge."""
+    edge_last: StrictInt = 0
+    """Last layers that stay on the edge."""
+
+    def check(self) -> None:
+        """Raise PartitionError for what no model allows; a given model may allow less."""
+        _arrange(self.num_layers or MAX_LAYERS, **self.model_dump(exclude={"num_layers"}))
 
 
 def make_plan(

@@ -5,6 +5,7 @@
     ├── PartitionError         a checkpoint, shard, plan or adapter is wrong or does not fit
     ├── RequestError           a generation request cannot be served as asked
     │   └── UnknownModel       it names a model that is not here
+    ├── TrainingError          a training run cannot go on; what it had trained is kept
     ├── TransportError         the link between two ends
     │   ├── ConnectError       could not connect or listen
     │   ├── ConnectionClosed   the link ended
@@ -37,6 +38,10 @@ class PartitionError(PrivateLoRAError):
 
 class RequestError(PrivateLoRAError):
     """A generation request cannot be served as asked (for example: the prompt is too long)."""
+
+
+class TrainingError(PrivateLoRAError):
+    """A training run cannot go on; what it had trained until then is kept."""
 
 
 class UnknownModel(RequestError):
