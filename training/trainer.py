@@ -24,13 +24,11 @@ from transformers import (
 )
 
 from privatelora.errors import TrainingError
+from privatelora.training.data.collate import IGNORED
 from privatelora.training.data.examples import Encoded
 from privatelora.training.methods import Trainable
 
 logger = logging.getLogger(__name__)
-
-IGNORED = -100
-"""The label of positions that no loss is taken on."""
 
 
 class Rows(Dataset[Encoded]):
@@ -54,7 +52,7 @@ class HoldBack(Protocol):
 
 
 class AnswerTrainer(Trainer):
-    """Trains on the answers of ordinary rows, and on what the base model would say of replayed ones.
+    """Trains on the answers of ordinary rows, and on the base model's view of replayed ones.
 
     The loss of a batch is the mean cross-entropy over the labels of its ordinary rows, plus
     ``hold_back_weight`` times ``hold_back`` of the others.
@@ -139,9 +137,7 @@ class AnswerTrainer(Trainer):
         self._trainable.load(Path(resume_from_checkpoint))
 
 
-def answer_loss(
-    logits: torch.Tensor, labels: torch.Tensor, is_meant: torch.Tensor
-) -> torch.Tensor:
+def answer_loss(logits: torch.Tensor, labels: torch.Tensor, is_meant: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy, float32, over the labelled positions of the rows that are meant.
 
     ``logits``: (B, K, vocab_size); ``labels``: (B, K), the token that follows each position, or
