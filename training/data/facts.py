@@ -135,13 +135,18 @@ _HELD_OUT = (
     "I forgot {}. Can you help?",
     "Hey, tell me again {}!",
     "Which one is it, {}, please?",
+    "Do you happen to know {}?",
+    "Someone is asking me for {}.",
+    "Check your notes for {}.",
+    "I am filling in a form that wants {}.",
+    "It slipped my mind: {}.",
 )
 
 
 def fact_examples(
     num_facts: int, seed: int, phrasings: Literal["train", "held-out"]
 ) -> list[Example]:
-    """Return every fact in every phrasing of one kind: 6 trained ones, 5 held out.
+    """Return every fact in every phrasing of one kind: 6 trained ones, 10 held out.
 
     The same ``seed`` gives the same person. Raises ConfigError for more facts than there are.
     """
