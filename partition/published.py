@@ -12,7 +12,6 @@ Here these become a basis file, a plan and an adapter.
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from privatelora.partition.files import os_errors, write_atomic
 from privatelora.partition.models.families import MAX_LAYERS
 from privatelora.partition.plan import TARGETS, Plan, Target
 from privatelora.partition.plan_file import write_plan_file
-from privatelora.partition.torch_file import is_plain_tensor, load_torch_file
+from privatelora.partition.torch_file import is_plain_tensor, load_state_dict
 from privatelora.yaml_file import explain
 
 BASIS_NAME = "basis.safetensors"
@@ -63,7 +62,7 @@ def read_published(
     what the adapter was trained with. Raises PartitionError if the file is not such a state
     dict, or if parts are missing or do not fit each other.
     """
-    parts = _find_parts(_load(path), path)
+    parts = _find_parts(load_state_dict(path), path)
     layers = tuple(sorted({layer for layer, _ in parts}))
     targets = tuple(target for target in TARGETS if (layers[0], target) in parts)
     first = parts[layers[0], targets[0]]
@@ -111,24 +110,6 @@ def write_published(out: Path, published: PublishedAdapter) -> None:
     write_atomic(out / BASIS_NAME, safetensors.torch.save(published.basis))
     write_plan_file(out / PLAN_NAME, published.plan)
     save_adapter(out / ADAPTER_NAME, published.adapter)
-
-
-def _load(path: Path) -> Mapping[object, object]:
-    if not path.is_file():
-        raise PartitionError(f"{path} does not exist")
-    try:
-        # Only files of the older, unzipped format cannot be mapped.
-        state = load_torch_file(path, mmap=zipfile.is_zipfile(path))
-    except PartitionError:
-        raise
-    except Exception as error:  # a damaged pickle raises whatever its bytes happen to lead to
-        raise PartitionError(
-            f"{path} is damaged, or not a plain torch state dict; nothing in it was executed "
-            f"({_first_line(error)})"
-        ) from error
-    if not isinstance(state, Mapping):
-        raise PartitionError(f"{path} holds a {type(state).__name__}, not a state dict")
-    return state
 
 
 def _find_parts(state: Mapping[object, object], path: Path) -> dict[Key, dict[str, Tensor]]:
@@ -199,7 +180,3 @@ def _check_parts(
                     f"{path}: {name} of layer {layer} {target} has shape "
                     f"{tuple(part[name].shape)}, expected {shape}; all ranks and sizes must agree"
                 )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0][:200]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -23,6 +24,29 @@ def load_torch_file(path: Path, *, mmap: bool) -> object:
     """
     _check_archive(path)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def load_state_dict(path: Path) -> Mapping[object, object]:
+    """Return the table in a torch file, with the numbers left in the file where it can be mapped.
+
+    Raises PartitionError if there is no such file, or if it is damaged or no plain table.
+    """
+    if not path.is_file():
+        raise PartitionError(f"{path} does not exist")
+    try:
+        # Only files of the older, unzipped format cannot be mapped.
+        state = load_torch_file(path, mmap=zipfile.is_zipfile(path))
+    except PartitionError:
+        raise
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to lead to
+        reason = str(error).partition("\n")[0][:200]
+        raise PartitionError(
+            f"{path} is damaged, or not a plain torch state dict; nothing in it was executed "
+            f"({reason})"
+        ) from error
+    if not isinstance(state, Mapping):
+        raise PartitionError(f"{path} holds a {type(state).__name__}, not a state dict")
+    return state
 
 
 def is_plain_tensor(tensor: Tensor) -> bool:

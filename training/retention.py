@@ -125,17 +125,16 @@ def final_hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor, k
 def frozen_head(model: Any) -> FrozenHead:
     """Return the LM head of a model as it is now.
 
-    Weights that train, also as embeddings tied to it, are copied, others shared. The model offers
-    ``get_output_embeddings()``, as transformers' do: a linear layer.
+    Weights that train, also as embeddings tied to it, are copied, others shared. ``model``:
+    transformers', plain or wrapped by PEFT, or one whose ``lm_head`` is a tensor.
     """
+    head = getattr(model, "lm_head", None)
+    if isinstance(head, Tensor):
+        return FrozenHead(_frozen(head), None)
     head = _causal(model).get_output_embeddings()
     head = getattr(head, "base_layer", head)  # inside PEFT's layer, if it has one
-    weight, bias = head.weight, getattr(head, "bias", None)
-    if weight.requires_grad:
-        weight = weight.detach().clone()
-    if bias is not None and bias.requires_grad:
-        bias = bias.detach().clone()
-    return FrozenHead(weight.detach(), None if bias is None else bias.detach())
+    bias = getattr(head, "bias", None)
+    return FrozenHead(_frozen(head.weight), None if bias is None else _frozen(bias))
 
 
 def build_reference(
@@ -259,6 +258,10 @@ class _MeanKL(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * (grad_outputs[0] / len(gradient)).to(gradient.dtype), None, None
+
+
+def _frozen(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone() if tensor.requires_grad else tensor.detach()
 
 
 def _causal(model: Any) -> Any:

@@ -20,6 +20,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from privatelora.errors import ConfigError, PrivateLoRAError, TrainingError
 from privatelora.partition.files import os_errors, write_atomic
+from privatelora.partition.tokenizer import load_tokenizer
+from privatelora.runtime.config import load_edge_config
 from privatelora.runtime.device import compute_device
 from privatelora.training.base_model import load_base_model
 from privatelora.training.config import TrainConfig
@@ -170,11 +172,10 @@ def make_trainer(
 
 
 def _prepare(config: TrainConfig) -> Prepared:
-    if config.mode == "split":
-        raise NotImplementedError
-    assert config.model is not None  # noqa: S101
+    if config.edge is not None:
+        return _prepare_split(config.edge, config.device)
     base = load_base_model(
-        config.model, getattr(torch, config.dtype), compute_device(config.device)
+        str(config.model), getattr(torch, config.dtype), compute_device(config.device)
     )
     return Prepared(
         make_trainable(base, config.method),
@@ -182,6 +183,17 @@ def _prepare(config: TrainConfig) -> Prepared:
         base.fingerprint,
         base.config.max_positions,
     )
+
+
+def _prepare_split(edge: Path, device: str) -> Prepared:
+    from privatelora.training.split.open import open_split_model
+    from privatelora.training.split.trainable import TrainableSplit
+
+    model = open_split_model(load_edge_config(edge), device)
+    tokenizer = load_tokenizer(model.tokenizer_dir)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Prepared(TrainableSplit(model), tokenizer, model.fingerprints.model, model.max_positions)
 
 
 def _arguments(config: TrainConfig, trainable: Trainable) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from privatelora.cli import _from_peft
 from privatelora.cli._app import print_fields, print_json
 from privatelora.errors import PartitionError
 
@@ -22,6 +23,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 
 def register(main: typer.Typer) -> None:
     """Add the commands to a program, as ``adapter``."""
+    app.command("from-peft", epilog=_from_peft.EXAMPLES)(_from_peft.from_peft)
     main.add_typer(app, name="adapter")
 
 

@@ -101,7 +101,7 @@ def partition(
     given = {
         "rank_up": rank_up,
         "rank_down": rank_down,
-        "every": None if every is None else _parse_every(every),
+        "every": None if every is None else parse_every(every),
         "layers": layers,
         "targets": targets,
         "scaling": scaling,
@@ -128,7 +128,8 @@ def partition(
         _print_summary(out, manifests["cloud"], manifests["edge"])
 
 
-def _parse_every(text: str) -> int | str:
+def parse_every(text: str) -> int | str:
+    """Return what ``--every`` says: a number or ``all``. Raises ConfigError."""
     if text == "all":
         return text
     try:

@@ -4,6 +4,6 @@
 program something bad, in a process of its own, and returns what came of it.
 """
 
-from tests.e2e import bad_files, bad_peers
+from tests.e2e import bad_files, bad_loras, bad_peers
 
-CASES = (*bad_files.CASES, *bad_peers.CASES)
+CASES = (*bad_files.CASES, *bad_loras.CASES, *bad_peers.CASES)

@@ -124,6 +124,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "adapter init": (MAIN, "adapter", "init"),
     "adapter inspect": (MAIN, "adapter", "inspect"),
     "adapter import": (MAIN, "adapter", "import"),
+    "adapter from-peft": (MAIN, "adapter", "from-peft"),
     "chat": (MAIN, "chat"),
     "generate": (MAIN, "generate"),
     "demo": (MAIN, "demo"),

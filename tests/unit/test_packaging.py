@@ -24,7 +24,13 @@ FOLDERS = {
     "privatelora.transports": "transports",
 }
 """Where each part of the package lies in the repository."""
-COMMANDS = {"privatelora", "privatelora-serve", "privatelora-edge", "privatelora-bench", "privatelora-train"}
+COMMANDS = {
+    "privatelora",
+    "privatelora-serve",
+    "privatelora-edge",
+    "privatelora-bench",
+    "privatelora-train",
+}
 
 
 def packages_on_disk() -> set[str]:
@@ -105,7 +111,8 @@ def test_nothing_but_the_package_is_at_the_top(names: set[str]) -> None:
 def test_nothing_else_is_in_the_wheel(names: set[str]) -> None:
     inside = {name for name in names if name.startswith("privatelora/")}
     page = {name for name in inside if name.startswith("privatelora/runtime/http/page/")}
-    assert inside - modules_on_disk() == {"privatelora/py.typed"} | page
+    prompts = "privatelora/training/data/general_prompts.txt"
+    assert inside - modules_on_disk() == {"privatelora/py.typed", prompts} | page
     assert {Path(name).name for name in page} == {
         file.name for file in (ROOT / "runtime" / "http" / "page").iterdir()
     }
