@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from privatelora.cli._app import LogFormat, print_json, run, set_up_logging
+from privatelora.cli._app import LogFormat, print_fields, print_json, run, set_up_logging
+from privatelora.errors import ConfigError
 
 if TYPE_CHECKING:
     from privatelora.training.config import TrainConfig
@@ -27,6 +29,8 @@ EXAMPLES = """Examples:
 privatelora-train configs/train-facts.yaml
 
 privatelora-train configs/train-facts.yaml --resume
+
+privatelora-train configs/train-facts.yaml --score http://127.0.0.1:18231/v1
 """
 
 
@@ -36,6 +40,13 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in its out folder.")
     ] = False,
+    score: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Train nothing: ask the adapter that is served there the held-out questions.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log what happens.")] = False,
 ) -> None:
@@ -47,6 +58,9 @@ def train(
     from privatelora.training.config import read_train_config
 
     settings = read_train_config(config)
+    if score is not None:
+        _print_scores(_score(settings, score), as_json)
+        return
     _quieten()
     from privatelora.training.run import run_training
 
@@ -56,6 +70,34 @@ def train(
         print_json({**outcome.results, "written": {k: str(v) for k, v in outcome.written.items()}})
     else:
         _print_outcome(config, settings, outcome)
+
+
+def _score(settings: TrainConfig, url: str) -> dict[str, Any]:
+    """Accuracy on every held-out set, as served."""
+    from privatelora.training.data.sources import read_sources
+    from privatelora.training.served import score_served
+
+    if not settings.data.evaluate:
+        raise ConfigError("data.evaluate names no held-out questions to ask")
+    scores = {}
+    with _show_progress() as progress:
+        for name, sources in settings.data.evaluate.items():
+            score = score_served(
+                url,
+                read_sources(sources),
+                settings=settings.data,
+                max_new_tokens=settings.data.max_answer_tokens,
+                progress=partial(progress, name),
+            )
+            scores[name] = score.summary()
+    return scores
+
+
+def _print_scores(scores: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(scores)
+    else:
+        print_fields({f"{name}, right": _share(score) for name, score in scores.items()})
 
 
 def _quieten() -> None:

@@ -26,11 +26,11 @@ from privatelora.runtime.device import compute_device
 from privatelora.training.base_model import load_base_model
 from privatelora.training.config import TrainConfig
 from privatelora.training.data.collate import collate
-from privatelora.training.data.config import EncodingConfig, Source
+from privatelora.training.data.config import DataConfig
 from privatelora.training.data.encode import encode_all
 from privatelora.training.data.examples import Encoded, Example
 from privatelora.training.data.scoring import score_generated
-from privatelora.training.data.sources import read_source
+from privatelora.training.data.sources import read_sources
 from privatelora.training.general import GeneralReferences, prepare_retention
 from privatelora.training.methods import Trainable, make_trainable
 from privatelora.training.mixing import MixedSampler
@@ -86,8 +86,8 @@ def run_training(
         settings=data,
         max_positions=prepared.max_positions,
     )
-    rows = encode(_read(data.train))
-    held_out = {name: _read(sources) for name, sources in data.evaluate.items()}
+    rows = encode(read_sources(data.train))
+    held_out = {name: read_sources(sources) for name, sources in data.evaluate.items()}
     with os_errors(f"write {config.out}"):
         (config.out / CHECKPOINTS_DIR).mkdir(parents=True, exist_ok=True)
     general = None
@@ -215,10 +215,6 @@ def _arguments(config: TrainConfig, trainable: Trainable) -> dict[str, Any]:
     }
 
 
-def _read(sources: Sequence[Source]) -> list[Example]:
-    return [example for source in sources for example in read_source(source)]
-
-
 def _has_tensorboard() -> bool:
     return importlib.util.find_spec("tensorboard") is not None
 
@@ -280,7 +276,7 @@ def _measure(
     prepared: Prepared,
     held_out: Mapping[str, Sequence[Example]],
     general: GeneralReferences | None,
-    settings: EncodingConfig,
+    settings: DataConfig,
     progress: Progress,
     when: str,
 ) -> dict[str, Any]:
@@ -293,6 +289,7 @@ def _measure(
             tokenizer,
             examples,
             settings=settings,
+            max_new_tokens=settings.max_answer_tokens,
             progress=partial(progress, f"{name}, {when}"),
         )
         measured[name] = score.summary()

@@ -18,10 +18,10 @@ def collate(
 ) -> dict[str, Any]:
     """Return a batch padded on the left, so that the answers end together.
 
-    ``input_ids`` and ``attention_mask``: (B, T) int64. ``logits_to_keep``: K, the longest answer and
-    one more (with ``loss_on`` all: T): logits of the last K positions suffice. ``labels``: (B, K)
-    int64, for each of these the token that follows it, -100 where no loss is taken, so always at
-    the last. ``reference``: (B,) int64.
+    ``input_ids`` and ``attention_mask``: (B, T) int64. ``logits_to_keep``: K, the longest answer
+    and one more (with ``loss_on`` all: T): logits of the last K positions suffice. ``labels``:
+    (B, K) int64, for each of these the token that follows it, -100 where no loss is taken, so
+    always at the last. ``reference``: (B,) int64.
     """
     length = max(len(example.input_ids) for example in batch)
     input_ids = torch.full((len(batch), length), pad_token_id)

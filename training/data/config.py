@@ -82,3 +82,5 @@ class DataConfig(EncodingConfig):
     train: tuple[Source, ...] = Field(min_length=1)
     evaluate: dict[str, tuple[Source, ...]] = Field(default_factory=dict)
     """Held-out examples by a name of your choice: questions that are asked before and after."""
+    max_answer_tokens: int = Field(default=32, gt=0)
+    """Where an answer to one of these is cut off."""

@@ -13,34 +13,176 @@ from typing import Literal
 from privatelora.errors import ConfigError
 from privatelora.training.data.examples import Example, ask
 
-_FIRST = (
-    "Ada Bruno Carla Dimitri Elif Farid Greta Hamid Ines Jonas Katya Luca Mirela Nadir Olga "
-    "Pavel Quentin Rosa Stefan Tala Ulrich Vera Wanda Yusuf Zora"
-).split()
-_LAST = (
-    "Abelard Brannigan Castellano Dubrovsky Eriksen Fontaine Grunwald Hartigan Ivanova Jankowski "
-    "Kowalczyk Lindqvist Moretti Nakagawa Oyelaran Petrakis Quintana Rasmussen Sorensen Takahashi"
-).split()
-_SYLLABLES = "ba do fi ga ke lo mi nu pa ri so ta vu wi xa zo ne mo lu ki".split()
-_STREETS = (
-    "Alder Birch Cedar Dune Elm Fern Gorse Hazel Iris Juniper Kestrel Laurel Maple Nettle Oak Poplar"
-).split()
-_COLOURS = (
-    "amber azure beige bronze cobalt coral crimson emerald indigo ivory lilac maroon olive "
-    "orange scarlet silver teal turquoise violet yellow"
-).split()
-_THINGS = (
-    "anchor bell candle compass feather hammer kettle lantern magnet mirror needle paddle "
-    "pebble ribbon saddle spoon thimble trumpet umbrella whistle"
-).split()
-_FOODS = (
-    "almonds apricots celery cinnamon coriander kiwi lentils mango mussels mustard oats papaya "
-    "peanuts pears pistachios sesame shrimp strawberries sunflower tomatoes"
-).split()
-_MONTHS = (
-    "January February March April May June July August September October November December"
-).split()
-_DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+_FIRST = [
+    "Ada",
+    "Bruno",
+    "Carla",
+    "Dimitri",
+    "Elif",
+    "Farid",
+    "Greta",
+    "Hamid",
+    "Ines",
+    "Jonas",
+    "Katya",
+    "Luca",
+    "Mirela",
+    "Nadir",
+    "Olga",
+    "Pavel",
+    "Quentin",
+    "Rosa",
+    "Stefan",
+    "Tala",
+    "Ulrich",
+    "Vera",
+    "Wanda",
+    "Yusuf",
+    "Zora",
+]
+_LAST = [
+    "Abelard",
+    "Brannigan",
+    "Castellano",
+    "Dubrovsky",
+    "Eriksen",
+    "Fontaine",
+    "Grunwald",
+    "Hartigan",
+    "Ivanova",
+    "Jankowski",
+    "Kowalczyk",
+    "Lindqvist",
+    "Moretti",
+    "Nakagawa",
+    "Oyelaran",
+    "Petrakis",
+    "Quintana",
+    "Rasmussen",
+    "Sorensen",
+    "Takahashi",
+]
+_SYLLABLES = [
+    "ba",
+    "do",
+    "fi",
+    "ga",
+    "ke",
+    "lo",
+    "mi",
+    "nu",
+    "pa",
+    "ri",
+    "so",
+    "ta",
+    "vu",
+    "wi",
+    "xa",
+    "zo",
+    "ne",
+    "mo",
+    "lu",
+    "ki",
+]
+_STREETS = [
+    "Alder",
+    "Birch",
+    "Cedar",
+    "Dune",
+    "Elm",
+    "Fern",
+    "Gorse",
+    "Hazel",
+    "Iris",
+    "Juniper",
+    "Kestrel",
+    "Laurel",
+    "Maple",
+    "Nettle",
+    "Oak",
+    "Poplar",
+]
+_COLOURS = [
+    "amber",
+    "azure",
+    "beige",
+    "bronze",
+    "cobalt",
+    "coral",
+    "crimson",
+    "emerald",
+    "indigo",
+    "ivory",
+    "lilac",
+    "maroon",
+    "olive",
+    "orange",
+    "scarlet",
+    "silver",
+    "teal",
+    "turquoise",
+    "violet",
+    "yellow",
+]
+_THINGS = [
+    "anchor",
+    "bell",
+    "candle",
+    "compass",
+    "feather",
+    "hammer",
+    "kettle",
+    "lantern",
+    "magnet",
+    "mirror",
+    "needle",
+    "paddle",
+    "pebble",
+    "ribbon",
+    "saddle",
+    "spoon",
+    "thimble",
+    "trumpet",
+    "umbrella",
+    "whistle",
+]
+_FOODS = [
+    "almonds",
+    "apricots",
+    "celery",
+    "cinnamon",
+    "coriander",
+    "kiwi",
+    "lentils",
+    "mango",
+    "mussels",
+    "mustard",
+    "oats",
+    "papaya",
+    "peanuts",
+    "pears",
+    "pistachios",
+    "sesame",
+    "shrimp",
+    "strawberries",
+    "sunflower",
+    "tomatoes",
+]
+_MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
+_DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 
 Make = Callable[[random.Random], str]
 

@@ -69,18 +69,15 @@ def score_generated(
     examples: Sequence[Example],
     *,
     settings: EncodingConfig = DEFAULT,
-    max_new_tokens: int | None = None,
+    max_new_tokens: int,
     batch_size: int = 32,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Score:
     """Ask greedily, and score.
 
-    ``model``: transformers', or anything called as these are. ``max_new_tokens``: default is what
-    the longest right answer takes, and some more. Its mode is left as it was.
+    ``model``: transformers', or anything called as these are; its mode is left as it was.
+    ``max_new_tokens``: where an answer is cut off.
     """
-    if max_new_tokens is None:
-        longest = max(len(tokenizer.encode(example.answer)) for example in examples)
-        max_new_tokens = longest + 8
     prompts = [prompt_to_ids(example, tokenizer, settings) for example in examples]
     # Prompts of like length together, so that few rows are padded.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from privatelora.training.data.config import (
     FactsSource,
     HubSource,
@@ -14,6 +16,11 @@ from privatelora.training.data.facts import fact_examples
 from privatelora.training.data.files import read_examples
 from privatelora.training.data.hub import hub_examples
 from privatelora.training.data.procedural import reasoning_examples
+
+
+def read_sources(sources: Iterable[Source]) -> list[Example]:
+    """Return the examples of several sources, one after the other. Raises ConfigError."""
+    return [example for source in sources for example in read_source(source)]
 
 
 def read_source(source: Source) -> list[Example]:
