@@ -16,18 +16,11 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
 from transformers.utils import logging as transformers_logging
 
 from privatelora.benchmarks.arrangement_rows import (
@@ -52,7 +45,7 @@ from privatelora.training.general import GeneralReferences, prepare_retention
 from privatelora.training.methods import PrivateLoraMethod, State, Trainable, make_trainable
 from privatelora.training.retention import RetentionConfig, measure_retention
 from privatelora.training.run import Prepared, make_trainer
-from privatelora.training.trainer import answer_loss
+from privatelora.training.trainer import ShowProgress, answer_loss
 
 Report = Callable[[str], None]
 
@@ -212,9 +205,12 @@ class Bench:
                     "dataloader_pin_memory": False,
                 },
             )
-            trainer.remove_callback(PrinterCallback)
-            trainer.add_callback(_Reporter(self.report, label))
+            trainer.add_callback(ShowProgress(partial(self._tell, label, max(1, steps // 8))))
             trainer.train()
+
+    def _tell(self, label: str, every: int, what: str, done: int, total: int) -> None:
+        if done % every == 0:
+            self.report(f"{label}: {what}, step {done} of {total}")
 
     @torch.no_grad()
     def validation_loss(self, trainable: Trainable) -> float:
@@ -233,21 +229,6 @@ class Bench:
             losses.append(float(answer_loss(model(**batch).logits, labels, meant)))
         retention = measure_retention(model, self.general.held_out)
         return sum(losses) / len(losses) + self.settings.retention.kl_weight * retention.kl
-
-
-class _Reporter(TrainerCallback):
-    """Says how far a run is."""
-
-    def __init__(self, report: Report, label: str) -> None:
-        self._report = report
-        self._label = label
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        loss = state.log_history[-1].get("loss")
-        shown = "" if loss is None else f", loss {loss:.3g}"
-        self._report(f"{self._label}: step {state.global_step} of {state.max_steps}{shown}")
 
 
 def measure_arrangements(settings: ArrangementSettings, report: Report) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def _score(settings: TrainConfig, url: str) -> dict[str, Any]:
                 max_new_tokens=settings.data.max_answer_tokens,
                 progress=partial(progress, name),
             )
-            scores[name] = score.summary()
+            scores[name] = score.details()
     return scores
 
 
@@ -162,9 +162,12 @@ def _show_progress() -> Iterator[Progress]:
         tasks: dict[str, TaskID] = {}
 
         def advance(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what)
-            bars.update(tasks[what], completed=done, total=total, visible=done < total)
+            name = what.partition(",")[0]
+            if name not in tasks:
+                tasks[name] = bars.add_task(what)
+            bars.update(
+                tasks[name], description=what, completed=done, total=total, visible=done < total
+            )
 
         yield advance
 

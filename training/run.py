@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from privatelora.errors import ConfigError, PrivateLoRAError, TrainingError
-from privatelora.partition.files import os_errors, write_atomic
+from privatelora.partition.files import PRIVATE_MODE, os_errors, write_atomic
 from privatelora.partition.tokenizer import load_tokenizer
 from privatelora.runtime.config import load_edge_config
 from privatelora.runtime.device import compute_device
@@ -35,7 +35,7 @@ from privatelora.training.general import GeneralReferences, prepare_retention
 from privatelora.training.methods import Trainable, make_trainable
 from privatelora.training.mixing import MixedSampler
 from privatelora.training.retention import RetentionConfig, kl_to_reference, measure_retention
-from privatelora.training.trainer import AnswerTrainer, HoldBack, StopGently
+from privatelora.training.trainer import AnswerTrainer, HoldBack, ShowProgress, StopGently
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +113,7 @@ def run_training(
     measure = partial(_measure, prepared, held_out, general, data, progress)
     before = measure("before")
     _add_harness(trainer, config, prepared)
+    trainer.add_callback(ShowProgress(progress))
     stopped = _train(trainer, checkpoint, config.out)
     written = prepared.trainable.save(config.out)
     results = {
@@ -123,7 +124,8 @@ def run_training(
         "after": measure("after"),
         "log": trainer.state.log_history,
     }
-    write_atomic(config.out / RESULTS_NAME, json.dumps(results, indent=2).encode())
+    # Answers to private questions are private too.
+    write_atomic(config.out / RESULTS_NAME, json.dumps(results, indent=2).encode(), PRIVATE_MODE)
     return Outcome(results, written)
 
 
@@ -292,7 +294,7 @@ def _measure(
             max_new_tokens=settings.max_answer_tokens,
             progress=partial(progress, f"{name}, {when}"),
         )
-        measured[name] = score.summary()
+        measured[name] = score.details()
     if general is not None:
         measured["retention"] = asdict(measure_retention(model, general.held_out))
     return measured

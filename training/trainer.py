@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
 from transformers import (
     PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -85,6 +87,8 @@ class AnswerTrainer(Trainer):
             callbacks=[_FiniteGradients()],
         )
         self.loss_is_scaled_for_ga = False  # ours is a mean, as if each batch stood alone
+        for printing in (PrinterCallback, ProgressCallback):  # they write to standard output
+            self.remove_callback(printing)
 
     def compute_loss(
         self,
@@ -161,6 +165,30 @@ class _FiniteGradients(TrainerCallback):
                     f"step {state.global_step + 1}: the gradient of {name} is not finite; nothing "
                     "was changed by that step. Lower learning_rate, or look for extreme data"
                 )
+
+
+class ShowProgress(TrainerCallback):
+    """Tells how far a run is, instead of the Trainer's own printing, which goes to stdout."""
+
+    def __init__(self, show: Callable[[str, int, int], None]) -> None:
+        """``show``: takes what is being done, the steps that are done, and those there are."""
+        self._show = show
+        self._losses = ""
+
+    def on_log(  # noqa: D102
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        last = state.log_history[-1]
+        if "loss" in last:
+            self._losses = f", loss {last['loss']:.3g}"
+        if "kl_to_base" in last:
+            self._losses += f", KL to the base model {last['kl_to_base']:.2g}"
+
+    def on_step_end(  # noqa: D102
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_local_process_zero:
+            self._show(f"training{self._losses}", state.global_step, state.max_steps)
 
 
 class StopGently(TrainerCallback):

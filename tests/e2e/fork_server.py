@@ -18,6 +18,7 @@ MODULES = (
     "privatelora.cli.serve",
     "privatelora.cli.edge",
     "privatelora.benchmarks.cli",
+    "privatelora.training.cli",
 )
 USED_BY_THEM = (
     "privatelora.benchmarks.overhead",
@@ -27,6 +28,7 @@ USED_BY_THEM = (
     "privatelora.runtime.edge",
     "privatelora.runtime.line_service",
     "privatelora.runtime.unsplit",
+    "privatelora.training.run",
     "rich.console",
     "transformers.models.llama.modeling_llama",  # by its AutoTokenizer
     "uvloop",

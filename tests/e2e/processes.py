@@ -20,6 +20,7 @@ SERVE = "privatelora.cli.serve"
 EDGE = "privatelora.cli.edge"
 MAIN = "privatelora.cli.main"
 BENCH = "privatelora.benchmarks.cli"
+TRAIN = "privatelora.training.cli"
 
 PATIENCE_S = 60
 """Longest wait for anything; a program that takes longer hangs."""

@@ -10,7 +10,7 @@ import torch
 
 from privatelora import __version__
 from tests.e2e.deployment import Deployment, tiny_deployment
-from tests.e2e.processes import BENCH, EDGE, MAIN, SERVE, Commands
+from tests.e2e.processes import BENCH, EDGE, MAIN, SERVE, TRAIN, Commands
 from tests.partition.tiny import tiny_model, tiny_tokenizer
 
 QUESTION = "How many letters are there?"
@@ -143,6 +143,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "bench turns": (BENCH, "turns"),
     "bench http": (BENCH, "http"),
     "bench emulator": (BENCH, "emulator"),
+    "bench arrangements": (BENCH, "arrangements"),
+    "train": (TRAIN,),
 }
 
 
@@ -180,7 +182,7 @@ def test_every_command_is_in_the_table_above(commands: Commands) -> None:
         return {leaf for name, sub in inner.items() for leaf in leaves(sub, *path, name)}
 
     found = leaves(get_command(main), MAIN) | leaves(get_command(bench), BENCH)
-    assert found | {(SERVE,), (EDGE,)} == set(COMMANDS.values())
+    assert found | {(SERVE,), (EDGE,), (TRAIN,)} == set(COMMANDS.values())
 
 
 def test_a_usage_error_is_status_2(commands: Commands) -> None:

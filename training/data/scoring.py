@@ -44,6 +44,10 @@ class Score:
         low, high = self.interval
         return {"accuracy": self.accuracy, "ci_low": low, "ci_high": high, "num": self.num}
 
+    def details(self) -> dict[str, Any]:
+        """Everything: what was answered, in the order of the examples."""
+        return {**self.summary(), "answers": list(self.answers)}
+
 
 def score_answers(answers: Sequence[str], examples: Sequence[Example]) -> Score:
     """Compare answers, wherever they come from, with the right ones."""
@@ -92,7 +96,8 @@ def score_generated(
                 _generate(model, tokenizer, [prompts[i] for i in chosen], max_new_tokens),
                 strict=True,
             ):
-                answers[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()
+                text = tokenizer.decode(ids, skip_special_tokens=True)
+                answers[i] = text.rstrip("\ufffd").strip()  # cut off within a character
             progress(min(start + batch_size, len(order)), len(order))
     finally:
         model.train(was_training)
