@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from privatelora.partition.plan import Plan
 from privatelora.runtime.codecs import Codecs
 from privatelora.runtime.payload.codec import plain_nbytes
-from privatelora.runtime.wire.steps import ONE_TENSOR_HEADER_NBYTES, TWO_TENSORS_HEADER_NBYTES
+from privatelora.runtime.wire.tensor_frames import (
+    ONE_TENSOR_HEADER_NBYTES,
+    TWO_TENSORS_HEADER_NBYTES,
+)
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,11 @@ class BatchRunner:
         """Whether a batch runs as soon as the event loop has its turn."""
         return self._handle is not None
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a step is in flight, if only waiting for its reply."""
+        return bool(self._running)
+
     def _run(self) -> None:
         if len(self._running) == 1 and self._handle is None:
             # The only step on this cloud: nothing could join it, so it goes without the detour.

@@ -18,6 +18,7 @@ from privatelora.runtime.host_port import parse_host_port
 from privatelora.runtime.scheduler import Scheduler
 from privatelora.runtime.telemetry_server import serving_metrics
 from privatelora.runtime.trace import Trace
+from privatelora.runtime.training_session import TrainingLimits
 from privatelora.runtime.wire.messages import Fingerprints
 from privatelora.transports.address import parse_address
 from privatelora.transports.base import Limits, Listener
@@ -79,6 +80,9 @@ class Cloud:
                 max_wait_s=config.max_wait_s,
                 min_idle_s=config.min_idle_s,
                 resume_timeout_s=config.resume_timeout_s,
+                training=None
+                if config.training is None
+                else TrainingLimits(config.training.max_rows, config.training.max_sessions),
             ),
             self._trace,
             make_scheduler,

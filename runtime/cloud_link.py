@@ -98,7 +98,16 @@ async def open_link(
 ) -> CloudLink:
     """Connect and greet; ``answers`` answers the exchanges of all sessions.
 
-    ``sent`` notes what is sent.
+    ``sent`` notes what is sent. Raises as ``greet``.
+    """
+    connection, wire, cloud, codecs = await greet(settings, fingerprints)
+    return CloudLink(connection, wire, settings, cloud, codecs, answers, sent)
+
+
+async def greet(
+    settings: LinkSettings, fingerprints: Fingerprints
+) -> tuple[Connection, WireConnection, Hello, Codecs]:
+    """Connect, say Hello and hear the cloud's; what was agreed on.
 
     Raises ConnectError or TransportTimeout if the cloud is not there, PartitionError if it
     serves another model, plan or basis, VersionMismatch if it speaks another protocol,
@@ -146,7 +155,7 @@ async def open_link(
     except BaseException:
         connection.abort()
         raise
-    return CloudLink(connection, wire, settings, theirs, codecs, answers, sent)
+    return connection, wire, theirs, codecs
 
 
 _Asked = tuple[ExchangeRequest, LinkSession, LinkStep]

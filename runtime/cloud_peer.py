@@ -31,10 +31,13 @@ from privatelora.runtime.tensors import pack, unpack
 from privatelora.runtime.wire.failures import error_reply
 from privatelora.runtime.wire.handshake import check_hello
 from privatelora.runtime.wire.messages import (
+    BackwardBegin,
     CloseSession,
+    DropStep,
     ErrorReply,
     ExchangeReply,
     ExchangeRequest,
+    GradientReply,
     Hello,
     Message,
     OpenSession,
@@ -46,6 +49,7 @@ from privatelora.runtime.wire.messages import (
     SessionOpened,
     StepBegin,
     StepEnd,
+    TrainBegin,
 )
 from privatelora.runtime.wire.prelude import MAX_PINGS, MAX_SESSIONS, MAX_STEPS, WireLimits
 from privatelora.runtime.wire.state import WireConnection
@@ -53,6 +57,7 @@ from privatelora.transports.base import Connection
 
 if TYPE_CHECKING:
     from privatelora.runtime.cloud_service import CloudService
+    from privatelora.runtime.training_session import FromTrainer, TrainingSession
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +75,7 @@ flight, each session and each ping."""
 
 @dataclass
 class Session:
-    """A sequence of one edge. ``number``: unique over the cloud."""
+    """A sequence of one edge, or a trainer. ``number``: unique over the cloud."""
 
     number: int
     session_id: int
@@ -85,6 +90,11 @@ class Session:
     """Of the token with which it can be resumed."""
     steps: dict[int, Step] = field(default_factory=dict)
     """In flight, oldest first."""
+    training: TrainingSession | None = None
+    """What its messages are for, instead of a sequence."""
+
+
+_OF_STEPS = (StepBegin, ExchangeReply, TrainBegin, BackwardBegin, GradientReply)
 
 
 class CloudPeer:
@@ -127,7 +137,7 @@ class CloudPeer:
         self.client = self._identify(hello.token)
         check_hello(self._service.hello, hello)
         self._service.connections.admit(self, self.client)
-        self._post(self._service.hello)
+        self.post(self._service.hello)
         logger.info("%s joined as %s: %s", self.name, self.client, hello.software)
         self._watch(partial(self._identify, hello.token), -1)
         try:
@@ -172,7 +182,7 @@ class CloudPeer:
         except AuthError as error:
             logger.warning("%s shut out: %s", self.name, error)
             self.close_all()
-            self._post(error_reply(error))
+            self.post(error_reply(error))
             # It leaves when it hears that, or else is made to.
             self._watching = loop.call_later(GOODBYE_TIMEOUT_S, self._connection.abort)
             return
@@ -187,7 +197,7 @@ class CloudPeer:
         """Tell the edge why the connection ends, as far as it still can be told."""
         try:
             async with asyncio.timeout(GOODBYE_TIMEOUT_S):
-                self._post(error_reply(error))
+                self.post(error_reply(error))
                 await self._outbox.aclose()
         except (TimeoutError, TransportError, ProtocolError):
             self._connection.abort()
@@ -207,7 +217,7 @@ class CloudPeer:
             self.refuse(message.session_id, error)
             return
         self._sessions[message.session_id] = session
-        self._post(
+        self.post(
             SessionOpened(message.session_id, message.max_positions, session.num_positions, token)
         )
 
@@ -220,20 +230,21 @@ class CloudPeer:
         """End one session and say why; the others go on."""
         logger.info("%s session %d: %s", self.name, session_id, error)
         self._close(session_id)
-        self._post(error_reply(error, session_id))
+        self.post(error_reply(error, session_id))
 
     def lose(self, session_id: int) -> None:
         """A session goes on on another connection."""
         self._close(session_id, may_return=True)
-        self._post(error_reply(SessionEvicted("it was resumed on another connection"), session_id))
+        self.post(error_reply(SessionEvicted("it was resumed on another connection"), session_id))
 
-    def _post(self, message: Message) -> None:
+    def post(self, message: Message) -> None:
+        """Say ``message``, which is legal now."""
         self._outbox.post(self._wire.send(message))
 
     def _take_frame(self, frame: memoryview) -> bool:
         """Act on one frame; return whether the edge has said its last word."""
         message = self._wire.receive(frame)
-        if not isinstance(message, StepBegin | ExchangeReply):
+        if not isinstance(message, _OF_STEPS):
             self._control.take(time.monotonic())
         if self._outbox.num_waiting > MAX_UNREAD:
             raise RemoteProtocolError(
@@ -243,8 +254,15 @@ class CloudPeer:
             case ErrorReply(session_id=None):
                 logger.warning("%s reports: %s", self.name, message.message)
                 return True
-            case ExchangeReply():
-                self._continue_step(message)
+            case ExchangeReply(session_id=session_id):
+                training = self._sessions[session_id].training
+                if training is None:
+                    self._continue_step(message)
+                else:
+                    self._train(training, message)
+            case TrainBegin() | BackwardBegin() | GradientReply() | DropStep():
+                if (training := self._sessions[message.session_id].training) is not None:
+                    self._train(training, message)
             case StepBegin():
                 try:
                     self._begin_step(message)
@@ -253,14 +271,14 @@ class CloudPeer:
             case OpenSession():
                 self._open(message)
             case Ping(nonce=nonce):
-                self._post(Pong(nonce))
+                self.post(Pong(nonce))
             case CloseSession(session_id=session_id):
                 self._close(session_id)
-                self._post(SessionClosed(session_id))
+                self.post(SessionClosed(session_id))
             case ErrorReply(session_id=int(session_id)):
                 logger.warning("%s reports: %s", self.name, message.message)
                 self._close(session_id)
-                self._post(SessionClosed(session_id))
+                self.post(SessionClosed(session_id))
         return False
 
     def _open(self, message: OpenSession) -> None:
@@ -316,6 +334,12 @@ class CloudPeer:
         )
         self._service.accounts.begin(self.client, session.number, begin)
 
+    def _train(self, training: TrainingSession, message: FromTrainer) -> None:
+        try:
+            training.take(message)
+        except (RequestError, CapacityError) as error:
+            self.fail(message.session_id, error)
+
     def _continue_step(self, message: ExchangeReply) -> None:
         session = self._sessions[message.session_id]
         step = session.steps[message.step_id]
@@ -337,7 +361,7 @@ class CloudPeer:
         try:
             if point is not None and step.z is not None:
                 z = pack(step.z, session.exchange_codec)
-                self._post(ExchangeRequest(session.session_id, step_id, point.index, z))
+                self.post(ExchangeRequest(session.session_id, step_id, point.index, z))
                 return
             del session.steps[step_id]
             self._service.note_used(session, step.context.num_positions)
@@ -345,7 +369,7 @@ class CloudPeer:
             if output_rows is not OutputRows.ALL:
                 rows = rows[-1:] if output_rows is OutputRows.LAST else rows[:0]
             returned = pack(rows, session.hidden_codec)
-            self._post(StepEnd(session.session_id, step_id, returned))
+            self.post(StepEnd(session.session_id, step_id, returned))
         except ConfigError as error:  # the codec cannot carry a value
             self.fail(session.session_id, error)
 

@@ -41,6 +41,7 @@ from privatelora.runtime.kv_cache import KVCache
 from privatelora.runtime.payload.codec import CODEC_NAMES
 from privatelora.runtime.scheduler import Scheduler
 from privatelora.runtime.telemetry import CloudMetrics, Occupancy
+from privatelora.runtime.training_session import TrainingLimits, TrainingService
 from privatelora.runtime.wire.messages import Fingerprints, Hello, OpenSession, Role
 from privatelora.transports.base import Connection
 from privatelora.transports.brief_log import BriefLog
@@ -61,7 +62,7 @@ class CloudLimits:
     the engine computes at once; a longer step runs alone. ``max_waiting``: sessions that wait for
     room; ``max_wait_s``: how long. ``min_idle_s``: how long a session must have been idle before
     its memory may go to another. ``resume_timeout_s``: how long the cache of a session is kept
-    whose connection was lost; 0 is not at all.
+    whose connection was lost; 0 is not at all. ``training``: None is not at all.
     """
 
     max_sessions: int
@@ -79,6 +80,7 @@ class CloudLimits:
     max_wait_s: float = 10.0
     min_idle_s: float = 2.0
     resume_timeout_s: float = 120.0
+    training: TrainingLimits | None = None
 
 
 @dataclass
@@ -116,6 +118,7 @@ class CloudService:
             max_frame_nbytes=limits.max_frame_nbytes,
             max_positions=limits.max_positions,
             max_sessions=limits.max_sessions,
+            capabilities=() if limits.training is None else ("training",),
         )
         self.reply_layers = {
             point.index: plan.span_in(point, plan.cloud_layers) for point in plan.wire_points
@@ -126,6 +129,9 @@ class CloudService:
         self.metrics = CloudMetrics(self._occupancy)
         observers = (self.metrics,) if observer is None else (self.metrics, observer)
         self.runner = BatchRunner(engine, scheduler, observers)
+        self._training = TrainingService(
+            engine, plan, limits.training, self.runner, limits.max_batch_rows, limits.min_idle_s
+        )
         self._pool = engine.new_pool(limits.max_cached_positions)
         self._tokens = tokens
         self.accounts = ClientAccounts(
@@ -176,6 +182,7 @@ class CloudService:
         Sessions go on until their edge closes them or they are idle for ``min_idle_s``.
         """
         self._is_draining = True
+        self._training.end_all(_shutting_down())
         while self._detached.free_oldest():
             pass
         for (peer, session_id), waiting in list(self._waiting.items()):
@@ -200,7 +207,9 @@ class CloudService:
         if self._is_draining:
             raise _shutting_down()
         limits = self.limits
-        if not 0 < message.max_positions <= limits.max_positions:
+        if message.training:
+            self._training.require(message)
+        elif not 0 < message.max_positions <= limits.max_positions:
             raise RequestError(
                 f"a sequence of {message.max_positions} positions is not possible; this cloud "
                 f"offers up to {limits.max_positions}"
@@ -223,6 +232,9 @@ class CloudService:
 
         Returns it with the token by which it can be resumed in turn.
         """
+        training = None
+        if message.training:
+            training = self._training.open(message, peer)
         kv, num_positions = self._cache_for(peer, message)
         session = Session(
             number=next(self._numbers),
@@ -232,9 +244,10 @@ class CloudService:
             hidden_codec=message.hidden_codec,
             exchange_codec=message.exchange_codec,
             num_positions=num_positions,
+            training=training,
         )
         token = None
-        if self.limits.resume_timeout_s:
+        if self.limits.resume_timeout_s and training is None:
             token = new_resume_token()
             session.token_digest = digest(token)
             self._resumable[session.token_digest] = session
@@ -253,7 +266,7 @@ class CloudService:
                     self.metrics.sessions_resumed += 1
                     return detached.kv, detached.num_positions
                 detached.kv.release()
-        return self._pool.open(message.max_positions), 0
+        return self._pool.open(1 if message.training else message.max_positions), 0
 
     def close_session(self, session: Session, *, may_return: bool = False) -> None:
         """End a session and let in whoever waits.
@@ -263,6 +276,8 @@ class CloudService:
         del self._sessions[session.number]
         self.accounts.close(session.peer.client, session.number)
         self.runner.close(session.number, session.steps)
+        if session.training is not None:
+            session.training.close()
         if session.token_digest is not None:
             del self._resumable[session.token_digest]
         num_positions = min(
@@ -382,7 +397,8 @@ class CloudService:
             if session.last_used > latest:
                 return False
             is_meant = client is None or session.peer.client == client
-            if is_meant and session is not besides and not session.steps:
+            is_idle = not session.steps and session.training is None  # which has no cache
+            if is_meant and session is not besides and is_idle:
                 self.metrics.sessions_evicted += 1
                 session.peer.fail(
                     session.session_id,

@@ -31,6 +31,14 @@ class CodecPreferences:
     exchange_down: tuple[str, ...]
 
 
+def for_gradients(codec: str) -> str:
+    """What gradients travel in where the values that they are of travel in ``codec``.
+
+    Gradients of a mean over many tokens are too small for fp16, whose numbers end at 6e-8.
+    """
+    return codec.replace("fp16", "bf16")
+
+
 def choose_codecs(preferences: CodecPreferences, offered: Sequence[str]) -> Codecs:
     """The first codec of each preference that the cloud offers; ConfigError if there is none."""
     chosen = []

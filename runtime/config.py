@@ -10,7 +10,13 @@ from pydantic import Field, model_validator
 from privatelora.errors import ConfigError
 from privatelora.runtime.host_port import HostPort, is_remote
 from privatelora.runtime.http_config import HttpConfig
-from privatelora.runtime.link_config import ConfigPath, ImpairedConfig, LinkConfig, PayloadConfig
+from privatelora.runtime.link_config import (
+    ConfigPath,
+    ImpairedConfig,
+    LinkConfig,
+    PayloadConfig,
+    Settings,
+)
 from privatelora.runtime.sampling_params import SamplingParams
 from privatelora.runtime.secret_config import SecretConfig
 from privatelora.transports.address import Address, parse_address
@@ -19,6 +25,16 @@ from privatelora.yaml_file import read_yaml
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
 DEVICE_PATTERN = r"^(cpu|cuda(:\d{1,2})?)$"
+
+
+class CloudTrainingConfig(Settings):
+    """Lets edges train through the cloud's frozen layers; ``training: {}`` is enough."""
+
+    max_rows: int = Field(default=4096, gt=0)
+    """Tokens of all sequences of one batch. A trainer holds up to two batches, each with the hidden
+    states of all its tokens for every layer."""
+    max_sessions: int = Field(default=4, gt=0)
+    """Trainers at once. An idle one loses its place to another, and comes back by itself."""
 
 
 class CloudConfig(LinkConfig):
@@ -77,6 +93,8 @@ class CloudConfig(LinkConfig):
     """Rows computed at once: more is faster for long prompts, and holds up the answers of others.
     Default: 64 on a processor, where others keep their fair share of the time with that, and 512 on
     a GPU."""
+    training: CloudTrainingConfig | None = None
+    """Default: nobody trains here."""
     metrics: HostPort | None = None
     """``host:port`` of a small HTTP server: ``/metrics`` for Prometheus, ``/health/live`` and
     ``/health/ready``. It is neither encrypted nor guarded."""

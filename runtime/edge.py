@@ -19,6 +19,7 @@ from privatelora.runtime.device import compute_dtype
 from privatelora.runtime.edge_service import CloudStatus, EdgeService
 from privatelora.runtime.exchange import PrivateMatrices
 from privatelora.runtime.language_model import LanguageModel
+from privatelora.runtime.link_config import PayloadConfig
 from privatelora.runtime.sent_log import SentLog
 from privatelora.runtime.split_model import CloudAccess, EdgeParts, SplitModel
 from privatelora.runtime.wire.messages import Fingerprints
@@ -33,16 +34,10 @@ class Edge:
 
     def __init__(self, config: EdgeConfig) -> None:
         """Load and verify the shard and adapter. Raises ConfigError or PartitionError."""
-        parse_address(config.cloud)
+        settings = link_settings(config, config.payload)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self.config = config
-        token = None
-        if config.token is not None:
-            token = partial(
-                token_to_send, config.token, config.cloud, with_curve=config.curve is not None
-            )
-            token()  # now, for a mistake in the settings is said at the start
         self.shard = open_shard(config.shard, "edge")
         manifest = self.shard.manifest
         dtype = compute_dtype(config.dtype, manifest.dtype)
@@ -56,18 +51,7 @@ class Edge:
         self.access = CloudAccess(
             parts,
             Fingerprints(*manifest.fingerprints),
-            LinkSettings(
-                address=config.cloud,
-                codecs=config.payload.preferences(),
-                credentials=config.credentials(),
-                impaired=config.impaired,
-                connect_timeout_s=config.connect_timeout_s,
-                step_timeout_s=config.step_timeout_s,
-                keepalive_s=config.keepalive_s,
-                max_frame_nbytes=config.max_frame_mib * 2**20,
-                spin_s=config.spin_s,
-                token=token,
-            ),
+            settings,
             max_positions=min(config.max_positions, model_limit),
             max_step_positions=config.prefill_chunk,
         )
@@ -125,6 +109,29 @@ class Edge:
         """Free what conversations hold and close the link to the cloud."""
         await self.service.aclose()
         await self.access.aclose()
+
+
+def link_settings(config: EdgeConfig, payload: PayloadConfig) -> LinkSettings:
+    """How the settings reach their cloud; ConfigError if they cannot."""
+    parse_address(config.cloud)
+    token = None
+    if config.token is not None:
+        token = partial(
+            token_to_send, config.token, config.cloud, with_curve=config.curve is not None
+        )
+        token()  # now, for a mistake in the settings is said at the start
+    return LinkSettings(
+        address=config.cloud,
+        codecs=payload.preferences(),
+        credentials=config.credentials(),
+        impaired=config.impaired,
+        connect_timeout_s=config.connect_timeout_s,
+        step_timeout_s=config.step_timeout_s,
+        keepalive_s=config.keepalive_s,
+        max_frame_nbytes=config.max_frame_mib * 2**20,
+        spin_s=config.spin_s,
+        token=token,
+    )
 
 
 def _matrices(file: Path, shard: Shard) -> PrivateMatrices:

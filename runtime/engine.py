@@ -79,14 +79,16 @@ class Engine:
         self.layers = layers
         self.device = device
         self.dtype = dtype
-        self._decoder = {i: DecoderLayer(config, plan, i, tensors) for i in layers}
+        self.decoder = {i: DecoderLayer(config, plan, i, tensors) for i in layers}
+        """The layers by their index."""
         self._adapted = frozenset(plan.layers) if plan is not None else frozenset[int]()
-        self._points: dict[int, tuple[ExchangePoint, torch.Tensor]] = {}
+        self.points: dict[int, tuple[ExchangePoint, torch.Tensor]] = {}
+        """The exchange points read here, by layer, with the A of each."""
         for point in plan.points if plan is not None else ():
             name = lora_a_name(point)
             if point.layer in layers and name in tensors:
-                self._points[point.layer] = (point, tensors[name])
-        self._frequencies = decoder_frequencies(config, device)
+                self.points[point.layer] = (point, tensors[name])
+        self.frequencies = decoder_frequencies(config, device)
 
     def new_pool(self, max_positions: int) -> KVPool:
         """Room for the keys and values of ``max_positions``, of any number of sequences."""
@@ -105,7 +107,7 @@ class Engine:
         num_positions = hidden_states.shape[0]
         kv.reserve(position, num_positions)
         hidden_states = hidden_states.to(device=self.device, dtype=self.dtype)
-        context = step_context(self.config, kv, position, num_positions, self._frequencies)
+        context = step_context(self.config, kv, position, num_positions, self.frequencies)
         return Step(hidden_states, context, self.layers.start)
 
     def advance(self, step: Step) -> ExchangePoint | None:
@@ -126,7 +128,7 @@ class Engine:
         hidden_states = _join([step.hidden_states for step in steps])
         qkv = self._waiting_qkv(steps)
         for layer_idx in range(steps[0].layer_idx, self.layers.stop):
-            layer = self._decoder[layer_idx]
+            layer = self.decoder[layer_idx]
             if qkv is None:
                 normed = layer.norm_input(hidden_states)
                 if layer_idx in self._adapted and layer_idx not in steps[0].y:
@@ -154,7 +156,7 @@ class Engine:
         """As ``precompute``, for steps that wait at the same layer, in one product."""
         waiting = [step for step in steps if step.qkv is None and step.normed is not None]
         if waiting:
-            qkv = self._decoder[waiting[0].layer_idx].project(_join_normed(waiting))
+            qkv = self.decoder[waiting[0].layer_idx].project(_join_normed(waiting))
             for step, rows in zip(waiting, _split(qkv, waiting), strict=True):
                 step.qkv = rows
 
@@ -163,7 +165,7 @@ class Engine:
         if any(step.normed is None for step in steps):
             return None
         if all(step.qkv is None for step in steps):
-            return self._decoder[steps[0].layer_idx].project(_join_normed(steps))
+            return self.decoder[steps[0].layer_idx].project(_join_normed(steps))
         self.precompute_batch(steps)
         return _join([step.qkv for step in steps if step.qkv is not None])
 
@@ -194,7 +196,7 @@ class Engine:
         normed: torch.Tensor,
     ) -> ExchangePoint:
         """Leave steps at an exchange point, each with its own rows of what it needs there."""
-        point, lora_a = self._points[layer_idx]
+        point, lora_a = self.points[layer_idx]
         parts = (_split(rows, steps) for rows in (hidden_states, normed, linear(normed, lora_a)))
         for step, step_hidden, step_normed, step_z in zip(steps, *parts, strict=True):
             step.layer_idx = layer_idx

@@ -92,6 +92,8 @@ class Trainable(ABC):
     """What usually trains it well with AdamW."""
     plan: Plan | None = None
     """How it exchanges, if it does."""
+    packs: bool = False
+    """Whether the model leaves out padding by itself."""
 
     @property
     def num_parameters(self) -> int:

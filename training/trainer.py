@@ -98,18 +98,22 @@ class AnswerTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The loss of one batch; TrainingError if it is not a number."""
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            logits_to_keep=inputs["logits_to_keep"],
-        )
-        loss = answer_loss(outputs.logits, inputs["labels"], inputs["reference"] < 0)
-        if self._hold_back is not None and self._hold_back_weight:
-            divergence = self._hold_back(outputs.logits, inputs)
-            if divergence is not None:
-                self._note("answer_loss", loss)
-                self._note("kl_to_base", divergence)
-                loss = loss + self._hold_back_weight * divergence
+        batches = [inputs] if return_outputs else self._batches(inputs)
+        loss, divergence, outputs = torch.zeros((), device=inputs["labels"].device), None, None
+        for batch in batches:
+            outputs = model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                logits_to_keep=batch["logits_to_keep"],
+            )
+            loss = loss + answer_loss(outputs.logits, batch["labels"], batch["reference"] < 0)
+            if self._hold_back is not None and self._hold_back_weight:
+                found = self._hold_back(outputs.logits, batch)
+                divergence = divergence if found is None else found
+        if divergence is not None:
+            self._note("answer_loss", loss)
+            self._note("kl_to_base", divergence)
+            loss = loss + self._hold_back_weight * divergence
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
                 f"step {self.state.global_step + 1}: the loss is {float(loss.detach())}; "
@@ -125,6 +129,18 @@ class AnswerTrainer(Trainer):
             self._parts.clear()
         super().log(logs, *args, **kwargs)
 
+    def _batches(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        """Ordinary and replayed rows apart, for these are longer and all would be padded to them.
+
+        All in one where the model pads nothing anyway, and where its parameters are gathered or
+        its gradients exchanged anew for every pass.
+        """
+        is_ordinary = inputs["reference"] < 0
+        if self._trainable.packs or self.args.world_size > 1 or self.is_deepspeed_enabled:
+            return [inputs]
+        kinds = [rows for rows in (is_ordinary, ~is_ordinary) if bool(rows.any())]
+        return [inputs] if len(kinds) == 1 else [_some_rows(inputs, rows) for rows in kinds]
+
     def _note(self, name: str, value: torch.Tensor) -> None:
         self._parts.setdefault(name, []).append(value.detach().float().cpu())
 
@@ -139,6 +155,22 @@ class AnswerTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._trainable.load(Path(resume_from_checkpoint))
+
+
+def _some_rows(batch: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+    """The batch of some rows, without padding that they have in common. ``rows``: (B,) bool."""
+    labels, mask = batch["labels"][rows], batch["attention_mask"][rows]
+    # The first column that is none but padding in no row; labels end with one that is in all.
+    first_label = int((labels != IGNORED).any(dim=0).int().argmax())
+    first_token = int(mask.any(dim=0).int().argmax())
+    labels = labels[:, first_label:]
+    return {
+        "input_ids": batch["input_ids"][rows, first_token:],
+        "attention_mask": mask[:, first_token:],
+        "labels": labels,
+        "logits_to_keep": labels.shape[1],
+        "reference": batch["reference"][rows],
+    }
 
 
 def answer_loss(logits: torch.Tensor, labels: torch.Tensor, is_meant: torch.Tensor) -> torch.Tensor:

@@ -8,25 +8,32 @@ bytes:
            2  u16  protocol version
            4  u32  header_nbytes: size of the header that follows
 
-    1 Hello          4 SessionOpened    7 Ping         16 StepBegin         19 StepEnd
-    2 ErrorReply     5 CloseSession     8 Pong         17 ExchangeRequest
-    3 OpenSession    6 SessionClosed                   18 ExchangeReply
+    1 Hello           6 SessionClosed    17 ExchangeRequest    21 BackwardBegin
+    2 ErrorReply      7 Ping             18 ExchangeReply      22 GradientRequest
+    3 OpenSession     8 Pong             19 StepEnd            23 GradientReply
+    4 SessionOpened   9 DropStep         20 TrainBegin         24 BackwardEnd
+    5 CloseSession   16 StepBegin
 
-Types 1 to 8 carry no tensors: the frame ends with the header, a MessagePack array
+Types 1 to 9 carry no tensors: the frame ends with the header, a MessagePack array
 (``control.py``). In Hello and ErrorReply the array comes after the 8 bytes ``PrivLoRA``.
 Those and the prelude keep their places in every version, so any end can read from the first
 frame it gets that the peer speaks another version.
 
-Types 16 to 19 are sent for every exchange of every token and have fixed headers, followed by
-tensor data: each tensor begins at a multiple of 16 bytes from the start of the frame, zeros
-in between.
+Types 16 to 24 have fixed headers, for 16 to 19 are sent for every exchange of every token. They are
+followed by tensor data: each tensor begins at a multiple of 16 bytes from the start of the frame,
+zeros in between.
 
     offset 8   u64    session_id
            16  u64    step_id
-           24  u32    point; StepBegin: position; StepEnd: 0
-           28  u32    StepBegin: output_rows; others: 0
-           32         tensor: hidden_states, z or y
-           64         tensor: StepBegin only: opening, all zeros if there is none
+           24  u32    point; StepBegin: position; TrainBegin: number of sequences;
+                      StepEnd, BackwardBegin, BackwardEnd: 0
+           28  u32    StepBegin: output_rows; TrainBegin: backward; others: 0
+           32         tensor: hidden_states, z or y; BackwardEnd: opening
+           64         tensor: StepBegin, TrainBegin: opening; BackwardEnd: hidden_states.
+                      StepBegin, TrainBegin and BackwardEnd only
+
+A tensor that may be missing is then described by zeros. In TrainBegin what follows the header
+begins with 8 bytes for each sequence, u32 num_rows and u32 num_output_rows.
 
     a tensor is described by 32 bytes:
            0   u32    rows
@@ -46,7 +53,7 @@ from collections.abc import Callable
 from typing import Any
 
 from privatelora.errors import LocalProtocolError, RemoteProtocolError
-from privatelora.runtime.wire import steps
+from privatelora.runtime.wire import steps, training
 from privatelora.runtime.wire.control import (
     PARSERS,
     decode_control,
@@ -59,10 +66,12 @@ from privatelora.runtime.wire.prelude import PRELUDE, TYPES, WireLimits
 _ENCODERS: dict[type[Message], Callable[[Any], tuple[Buffer, ...]]] = {
     **dict.fromkeys(PARSERS, encode_control),
     **steps.ENCODERS,
+    **training.ENCODERS,
 }
 _DECODERS: dict[int, Callable[[memoryview, WireLimits], Message]] = {
     **{TYPES[kind]: decode_control for kind in PARSERS},
     **{TYPES[kind]: decoder for kind, decoder in steps.DECODERS.items()},
+    **{TYPES[kind]: decoder for kind, decoder in training.DECODERS.items()},
 }
 
 

@@ -3,12 +3,14 @@
     Hello          [role, software, model, plan, basis, [codec, ...], max_frame_nbytes,
                     max_positions, max_sessions, [capability, ...], token or nil]
     ErrorReply     [code, message, session_id or nil, {name: text, ...}]
-    OpenSession    [session_id, max_positions, hidden_codec, exchange_codec, resume or nil]
+    OpenSession    [session_id, max_positions, hidden_codec, exchange_codec, resume or nil,
+                    training]
     SessionOpened  [session_id, max_positions, num_positions, resume or nil]
     CloseSession   [session_id]
     SessionClosed  [session_id]
     Ping           [nonce]
     Pong           [nonce]
+    DropStep       [session_id, step_id]
 
 The same parsers check what a peer sent and what this end is about to send. Bounds on numbers
 and texts are the constants below.
@@ -28,6 +30,7 @@ from privatelora.runtime.wire.messages import (
     PROTOCOL_VERSION,
     Buffer,
     CloseSession,
+    DropStep,
     ErrorCode,
     ErrorReply,
     Fingerprints,
@@ -75,7 +78,15 @@ _TOKEN = re.compile(r"[!-~]+", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 ControlMessage = (
-    Hello | ErrorReply | OpenSession | SessionOpened | CloseSession | SessionClosed | Ping | Pong
+    Hello
+    | ErrorReply
+    | OpenSession
+    | SessionOpened
+    | CloseSession
+    | SessionClosed
+    | Ping
+    | Pong
+    | DropStep
 )
 _E = TypeVar("_E", bound=Enum)
 
@@ -209,13 +220,18 @@ def _parse_error_reply(fields: list[object]) -> ErrorReply:
 
 
 def _parse_open_session(fields: list[object]) -> OpenSession:
-    session_id, max_positions, hidden_codec, exchange_codec, resume = _take(fields, 5)
+    session_id, max_positions, hidden_codec, exchange_codec, resume, training = _take(fields, 6)
+    if type(training) is not bool:
+        raise MalformedError("training is neither true nor false")
+    if training and resume is not None:
+        raise MalformedError("resume in a session for training, which has nothing to resume")
     return OpenSession(
         _id(session_id),
         _int(max_positions, "max_positions", 1, _MAX_UINT32),
         check_codec_name(hidden_codec),
         check_codec_name(exchange_codec),
         _resume(resume),
+        training,
     )
 
 
@@ -246,6 +262,11 @@ def _parse_pong(fields: list[object]) -> Pong:
     return Pong(_id(_take(fields, 1)[0], "nonce"))
 
 
+def _parse_drop_step(fields: list[object]) -> DropStep:
+    session_id, step_id = _take(fields, 2)
+    return DropStep(_id(session_id), _id(step_id, "step_id"))
+
+
 PARSERS: dict[type[ControlMessage], Callable[[list[object]], ControlMessage]] = {
     Hello: _parse_hello,
     ErrorReply: _parse_error_reply,
@@ -255,6 +276,7 @@ PARSERS: dict[type[ControlMessage], Callable[[list[object]], ControlMessage]] = 
     SessionClosed: _parse_session_closed,
     Ping: _parse_ping,
     Pong: _parse_pong,
+    DropStep: _parse_drop_step,
 }
 """Message types of this module, and what makes them from the fields of a header."""
 _BY_NUMBER = {TYPES[kind]: (kind, parse) for kind, parse in PARSERS.items()}
@@ -292,6 +314,7 @@ def _fields_of(message: ControlMessage) -> list[object]:
                 message.hidden_codec,
                 message.exchange_codec,
                 message.resume,
+                message.training,
             ]
         case SessionOpened():
             return [
@@ -304,6 +327,8 @@ def _fields_of(message: ControlMessage) -> list[object]:
             return [message.session_id]
         case Ping() | Pong():
             return [message.nonce]
+        case DropStep():
+            return [message.session_id, message.step_id]
 
 
 def _one_line(text: str, max_chars: int) -> str:

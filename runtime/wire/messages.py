@@ -9,6 +9,12 @@ runs steps in them:
 (arrows as seen by the edge). Ids are chosen by the edge and never reused on a connection:
 session ids and nonces of pings ascend over the connection, step ids within their session, gaps
 allowed.
+
+Sessions for training run batches of whole sequences instead, forward and then backward:
+
+    TrainBegin -> (ExchangeRequest <- , ExchangeReply ->) for every wire point -> StepEnd <-
+    BackwardBegin -> (GradientRequest <- , GradientReply ->) for every wire point -> BackwardEnd <-
+
 Every message is immutable; tensors are opaque bytes with their shape and codec name here.
 """
 
@@ -106,6 +112,7 @@ class OpenSession:
 
     ``hidden_codec`` and ``exchange_codec``: how the cloud is to encode what it sends back.
     ``resume``: the token of a sequence to go on with, if the cloud still has its cache.
+    ``training``: no sequence, but batches to train on, each of at most ``max_positions`` rows.
     """
 
     session_id: int
@@ -113,6 +120,7 @@ class OpenSession:
     hidden_codec: str
     exchange_codec: str
     resume: str | None = field(default=None, repr=False)
+    training: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +183,82 @@ class StepEnd:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchSequence:
+    """One sequence of a batch: how many rows it has, and how many of the last are wanted back."""
+
+    num_rows: int
+    num_output_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBegin:
+    """Edge: run whole sequences from their first position on, each on its own.
+
+    ``sequences``: in the order of their rows in ``hidden_states``. ``opening``: as in StepBegin.
+    ``backward``: whether the cloud keeps what a BackwardBegin needs, until that or DropStep.
+    """
+
+    session_id: int
+    step_id: int
+    sequences: tuple[BatchSequence, ...]
+    backward: bool
+    hidden_states: TensorPayload
+    opening: TensorPayload | None
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardBegin:
+    """Edge: the gradient of the loss with respect to the hidden states that StepEnd returned."""
+
+    session_id: int
+    step_id: int
+    hidden_states: TensorPayload
+
+
+@dataclass(frozen=True, slots=True)
+class GradientRequest:
+    """Cloud: the gradient with respect to y of every cloud layer in the point's span."""
+
+    session_id: int
+    step_id: int
+    point: int
+    y: TensorPayload
+
+
+@dataclass(frozen=True, slots=True)
+class GradientReply:
+    """Edge: the gradient with respect to z of exchange point ``point``, by way of y."""
+
+    session_id: int
+    step_id: int
+    point: int
+    z: TensorPayload
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardEnd:
+    """Cloud: the backward pass is done, and what it needed is gone.
+
+    ``opening``: the gradient with respect to the opening's y, None if there was none.
+    ``hidden_states``: that with respect to the hidden states the step began with, None unless
+    the plan adapts a layer in front of the cloud's.
+    """
+
+    session_id: int
+    step_id: int
+    opening: TensorPayload | None
+    hidden_states: TensorPayload | None
+
+
+@dataclass(frozen=True, slots=True)
+class DropStep:
+    """Edge: there will be no BackwardBegin for this step, whose StepEnd it has."""
+
+    session_id: int
+    step_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class CloseSession:
     """Edge: free the sequence; steps in flight are dropped without an answer."""
 
@@ -225,6 +309,12 @@ Message = (
     | ExchangeRequest
     | ExchangeReply
     | StepEnd
+    | TrainBegin
+    | BackwardBegin
+    | GradientRequest
+    | GradientReply
+    | BackwardEnd
+    | DropStep
     | CloseSession
     | SessionClosed
     | Ping

@@ -8,10 +8,15 @@ from dataclasses import dataclass
 from privatelora.errors import RemoteProtocolError
 from privatelora.runtime.wire.messages import (
     PROTOCOL_VERSION,
+    BackwardBegin,
+    BackwardEnd,
     CloseSession,
+    DropStep,
     ErrorReply,
     ExchangeReply,
     ExchangeRequest,
+    GradientReply,
+    GradientRequest,
     Hello,
     Message,
     OpenSession,
@@ -21,6 +26,7 @@ from privatelora.runtime.wire.messages import (
     SessionOpened,
     StepBegin,
     StepEnd,
+    TrainBegin,
 )
 
 PRELUDE = struct.Struct("<BBHI")
@@ -30,6 +36,11 @@ MAX_SESSIONS = 1024
 """Sessions that an edge may have on one connection and that are not over for it."""
 MAX_STEPS = 64
 """Steps that may be in flight in one session."""
+MAX_TRAINING_STEPS = 2
+"""The same in a session for training, where a step ends with its backward pass: the edge may begin
+a batch while the one before it is on its way back. Each takes memory for all its rows."""
+MAX_SEQUENCES = 4096
+"""In the batch of one TrainBegin."""
 MAX_PINGS = 8
 """Pings that may wait for their Pongs."""
 TYPES: dict[type[Message], int] = {
@@ -41,10 +52,16 @@ TYPES: dict[type[Message], int] = {
     SessionClosed: 6,
     Ping: 7,
     Pong: 8,
+    DropStep: 9,
     StepBegin: 16,
     ExchangeRequest: 17,
     ExchangeReply: 18,
     StepEnd: 19,
+    TrainBegin: 20,
+    BackwardBegin: 21,
+    GradientRequest: 22,
+    GradientReply: 23,
+    BackwardEnd: 24,
 }
 
 
@@ -52,14 +69,16 @@ TYPES: dict[type[Message], int] = {
 class WireLimits:
     """Bounds one end puts on what its peer may say; the frame's size is the transport's.
 
-    ``max_sessions`` (per connection) and ``max_steps`` (in flight, per session) guard memory:
-    a peer that exceeds them loses the connection. Capacity is shared out by ErrorReply.
+    ``max_sessions`` (per connection) and ``max_steps`` or ``max_training_steps`` (in flight, per
+    session) guard memory: a peer that exceeds them loses the connection. Capacity is shared out by
+    ErrorReply.
     """
 
     max_rows: int = 2**20
     max_features: int = 2**20
     max_sessions: int = MAX_SESSIONS
     max_steps: int = MAX_STEPS
+    max_training_steps: int = MAX_TRAINING_STEPS
 
 
 class MalformedError(Exception):

@@ -1,7 +1,7 @@
 """Who may say what when: one ``WireConnection`` at each end of a connection.
 
 It does no I/O. Every message this end says goes through ``send``, every frame it gets
-through ``receive``; both apply the same two tables, so the ends cannot disagree about them.
+through ``receive``; both apply the same tables (``rules.py``), so the ends cannot disagree.
 They can only disagree in time: a message may be on its way to an end that has just said its
 last word on a session. Such a message is legal, and ``receive`` drops it.
 """
@@ -9,120 +9,69 @@ last word on a session. Such a message is legal, and ``receive`` drops it.
 from __future__ import annotations
 
 from collections import deque
-from enum import IntEnum
 
 from privatelora.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
 from privatelora.runtime.wire.codec import decode, encode
 from privatelora.runtime.wire.messages import (
+    BackwardBegin,
+    BackwardEnd,
     Buffer,
     CloseSession,
+    DropStep,
     ErrorReply,
     ExchangeReply,
     ExchangeRequest,
+    GradientReply,
+    GradientRequest,
     Hello,
     Message,
     OpenSession,
     Ping,
     Pong,
     Role,
-    SessionClosed,
-    SessionOpened,
     StepBegin,
     StepEnd,
+    TrainBegin,
 )
 from privatelora.runtime.wire.prelude import MAX_PINGS, MAX_SESSIONS, WireLimits
+from privatelora.runtime.wire.rules import (
+    CONNECTION_TABLE,
+    LATE,
+    SESSION_TABLE,
+    STEP_TABLE,
+    Phase,
+    SessionPhase,
+    StepPhase,
+)
 
-
-class Phase(IntEnum):
-    """Where a connection is."""
-
-    NEW = 0
-    """Nothing was said."""
-    GREETED = 1
-    """The edge said Hello."""
-    ACTIVE = 2
-    """So did the cloud."""
-    BROKEN = 3
-    """The peer broke the protocol; this end may still say so in an ErrorReply."""
-    ENDED = 4
-    """One end said ErrorReply without a session."""
-
-
-class SessionPhase(IntEnum):
-    """Where a session is; one that is OVER is forgotten."""
-
-    OPENING = 0
-    OPEN = 1
-    CLOSING = 2
-    """The edge said its last word."""
-    OVER = 3
-    """So did the cloud."""
-
-
-# What follows when this role says this in this phase. What is not listed is not allowed.
-# An ErrorReply without a session is meant here.
-CONNECTION_TABLE: dict[Role, dict[tuple[type[Message], Phase], Phase]] = {
-    Role.EDGE: {
-        (Hello, Phase.NEW): Phase.GREETED,
-        (Ping, Phase.ACTIVE): Phase.ACTIVE,
-        (ErrorReply, Phase.GREETED): Phase.ENDED,
-        (ErrorReply, Phase.ACTIVE): Phase.ENDED,
-        (ErrorReply, Phase.BROKEN): Phase.ENDED,
-    },
-    Role.CLOUD: {
-        (Hello, Phase.GREETED): Phase.ACTIVE,
-        (Pong, Phase.ACTIVE): Phase.ACTIVE,
-        (ErrorReply, Phase.NEW): Phase.ENDED,
-        (ErrorReply, Phase.GREETED): Phase.ENDED,
-        (ErrorReply, Phase.ACTIVE): Phase.ENDED,
-        (ErrorReply, Phase.BROKEN): Phase.ENDED,
-    },
-}
-
-# The same in a session of an ACTIVE connection. The edge's OpenSession makes it, OPENING.
-SESSION_TABLE: dict[Role, dict[tuple[type[Message], SessionPhase], SessionPhase]] = {
-    Role.EDGE: {
-        (StepBegin, SessionPhase.OPEN): SessionPhase.OPEN,
-        (ExchangeReply, SessionPhase.OPEN): SessionPhase.OPEN,
-        (CloseSession, SessionPhase.OPENING): SessionPhase.CLOSING,
-        (CloseSession, SessionPhase.OPEN): SessionPhase.CLOSING,
-        (ErrorReply, SessionPhase.OPENING): SessionPhase.CLOSING,
-        (ErrorReply, SessionPhase.OPEN): SessionPhase.CLOSING,
-    },
-    Role.CLOUD: {
-        (SessionOpened, SessionPhase.OPENING): SessionPhase.OPEN,
-        (ExchangeRequest, SessionPhase.OPEN): SessionPhase.OPEN,
-        (StepEnd, SessionPhase.OPEN): SessionPhase.OPEN,
-        (SessionClosed, SessionPhase.CLOSING): SessionPhase.OVER,
-        (ErrorReply, SessionPhase.OPENING): SessionPhase.OVER,
-        (ErrorReply, SessionPhase.OPEN): SessionPhase.OVER,
-        (ErrorReply, SessionPhase.CLOSING): SessionPhase.OVER,
-    },
-}
-
-# What can be on its way when an end has just said its last word: to an edge whose session is
-# CLOSING, and to a cloud that ended a session by ErrorReply.
-LATE: dict[Role, frozenset[type[Message]]] = {
-    Role.EDGE: frozenset({SessionOpened, ExchangeRequest, StepEnd}),
-    Role.CLOUD: frozenset({StepBegin, ExchangeReply, CloseSession, ErrorReply}),
-}
+_LATER = (
+    ExchangeRequest
+    | ExchangeReply
+    | StepEnd
+    | BackwardBegin
+    | GradientRequest
+    | GradientReply
+    | BackwardEnd
+    | DropStep
+)
+"""What is said of a step that has begun."""
 
 
 class _Step:
-    __slots__ = ("point", "waiting")
+    __slots__ = ("backward_follows", "phase", "point")
 
-    def __init__(self) -> None:
-        self.point = -1
-        """Last exchange point asked for."""
-        self.waiting = False
-        """Its reply is still to come."""
+    def __init__(self, backward_follows: bool) -> None:
+        self.backward_follows = backward_follows
+        self.phase = StepPhase.FORWARD
+        self.point: int | None = None
+        """Last exchange point asked for in this direction."""
 
 
 class _Session:
     __slots__ = ("last_step_id", "phase", "steps")
 
-    def __init__(self) -> None:
-        self.phase = SessionPhase.OPENING
+    def __init__(self, phase: SessionPhase) -> None:
+        self.phase = phase
         self.last_step_id = -1
         self.steps: dict[int, _Step] = {}
 
@@ -158,7 +107,7 @@ class WireConnection:
         return {session_id: session.phase for session_id, session in self._sessions.items()}
 
     def steps(self, session_id: int) -> tuple[int, ...]:
-        """Ids of a session's steps in flight, ascending; none if it is over or unknown."""
+        """Ids of a session's steps in flight or kept, ascending; none if it is over or unknown."""
         session = self._sessions.get(session_id)
         return tuple(session.steps) if session else ()
 
@@ -230,8 +179,10 @@ class WireConnection:
                 f"the {sender} may not say {type(message).__name__} in session {session_id}, "
                 f"which is {session.phase.name}"
             )
-        if phase is SessionPhase.OPEN:
-            self._advance_step(session, message, error)
+        if isinstance(message, StepBegin | TrainBegin):
+            self._begin_step(session, message, error)
+        elif isinstance(message, _LATER):
+            _advance_step(session, message, error)
         elif phase is SessionPhase.CLOSING:
             session.steps.clear()
         elif phase is SessionPhase.OVER:
@@ -281,7 +232,8 @@ class WireConnection:
                     f"OpenSession {session_id} with {len(self._sessions)} sessions not yet over: "
                     f"the limit is {self._limits.max_sessions}"
                 )
-            self._sessions[session_id] = _Session()
+            opening = SessionPhase.OPENING_TRAINING if message.training else SessionPhase.OPENING
+            self._sessions[session_id] = _Session(opening)
             self._last_session_id = session_id
             return False
         if session_id in self._failed and self._is_late(message, sender):
@@ -293,40 +245,24 @@ class WireConnection:
             "which does not exist or is over"
         )
 
-    def _advance_step(
-        self, session: _Session, message: Message, error: type[ProtocolError]
+    def _begin_step(
+        self, session: _Session, message: StepBegin | TrainBegin, error: type[ProtocolError]
     ) -> None:
-        """Check and record one of the messages after which a session is OPEN."""
-        match message:
-            case ExchangeRequest(step_id=step_id, point=point):
-                step = session.steps.get(step_id)
-                if step is None or step.waiting or point <= step.point:
-                    raise error(f"ExchangeRequest for point {point}: {_describe(session, message)}")
-                step.point = point
-                step.waiting = True
-            case ExchangeReply(step_id=step_id, point=point):
-                step = session.steps.get(step_id)
-                if step is None or not step.waiting or point != step.point:
-                    raise error(f"ExchangeReply for point {point}: {_describe(session, message)}")
-                step.waiting = False
-            case StepEnd(step_id=step_id):
-                step = session.steps.get(step_id)
-                if step is None or step.waiting:
-                    raise error(f"StepEnd: {_describe(session, message)}")
-                del session.steps[step_id]
-            case StepBegin(step_id=step_id):
-                if step_id <= session.last_step_id:
-                    raise error(
-                        f"StepBegin {step_id} after {session.last_step_id} in session "
-                        f"{message.session_id}: ids must ascend"
-                    )
-                if len(session.steps) >= self._limits.max_steps:
-                    raise error(
-                        f"StepBegin {step_id} with {len(session.steps)} steps in flight in "
-                        f"session {message.session_id}: the limit is {self._limits.max_steps}"
-                    )
-                session.steps[step_id] = _Step()
-                session.last_step_id = step_id
+        kind, step_id = type(message).__name__, message.step_id
+        if step_id <= session.last_step_id:
+            raise error(
+                f"{kind} {step_id} after {session.last_step_id} in session {message.session_id}: "
+                "ids must ascend"
+            )
+        trains = isinstance(message, TrainBegin)
+        limit = self._limits.max_training_steps if trains else self._limits.max_steps
+        if len(session.steps) >= limit:
+            raise error(
+                f"{kind} {step_id} with {len(session.steps)} steps in flight in session "
+                f"{message.session_id}: the limit is {limit}"
+            )
+        session.steps[step_id] = _Step(isinstance(message, TrainBegin) and message.backward)
+        session.last_step_id = step_id
 
     def _is_late(self, message: Message, sender: Role) -> bool:
         return sender is not self._role and type(message) in LATE[self._role]
@@ -337,11 +273,43 @@ class WireConnection:
             del self._failed[next(iter(self._failed))]
 
 
-def _describe(session: _Session, message: ExchangeRequest | ExchangeReply | StepEnd) -> str:
+def _advance_step(session: _Session, message: _LATER, error: type[ProtocolError]) -> None:
+    """Check and record what is said of a step that has begun."""
+    step = session.steps.get(message.step_id)
+    phase = None if step is None else STEP_TABLE.get((type(message), step.phase))
+    if step is None or phase is None:
+        raise error(_describe(session, message))
+    match message:
+        # Points ascend on the way forward and descend on the way back.
+        case ExchangeRequest(point=point):
+            if step.point is not None and point <= step.point:
+                raise error(_describe(session, message))
+            step.point = point
+        case GradientRequest(point=point):
+            if step.point is not None and point >= step.point:
+                raise error(_describe(session, message))
+            step.point = point
+        case ExchangeReply(point=point) | GradientReply(point=point):
+            if point != step.point:
+                raise error(_describe(session, message))
+        case BackwardBegin():
+            step.point = None
+        case _:
+            pass
+    is_over = phase is StepPhase.KEPT and not step.backward_follows
+    step.phase = StepPhase.OVER if is_over else phase
+    if step.phase is StepPhase.OVER:
+        del session.steps[message.step_id]
+
+
+def _describe(session: _Session, message: _LATER) -> str:
+    """Why ``message`` may not be said of its step."""
+    point = getattr(message, "point", None)
+    what = type(message).__name__ + ("" if point is None else f" for point {point}")
     where = f"step {message.step_id} of session {message.session_id}"
     step = session.steps.get(message.step_id)
     if step is None:
-        return f"{where} is not in flight"
-    if step.point < 0:
-        return f"{where} was not asked for any point yet"
-    return f"{where} {'waits for' if step.waiting else 'has had'} the reply of point {step.point}"
+        return f"{what}: {where} is not in flight"
+    return f"{what}: {where} is {step.phase.name}, " + (
+        "not asked for any point yet" if step.point is None else f"last at point {step.point}"
+    )

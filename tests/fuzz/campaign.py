@@ -14,17 +14,22 @@ from privatelora.runtime.wire.codec import decode, encode
 from privatelora.runtime.wire.control import MAGIC
 from privatelora.runtime.wire.messages import (
     PROTOCOL_VERSION,
+    BackwardBegin,
+    BackwardEnd,
     ErrorCode,
     ErrorReply,
     ExchangeReply,
     ExchangeRequest,
+    GradientReply,
+    GradientRequest,
     Hello,
     Message,
     StepBegin,
     StepEnd,
+    TrainBegin,
 )
 from privatelora.runtime.wire.prelude import TYPES
-from privatelora.runtime.wire.state import Phase
+from privatelora.runtime.wire.rules import Phase
 from tests.fuzz.cases import EPISODE, Case, Target, episode_targets, make_case
 from tests.fuzz.end import LIMITS, End, Tally
 
@@ -37,7 +42,10 @@ WARM_UP_FRAMES = 2_000
 
 _NUM_REPEATS = 3
 _MAX_REASON_CHARS = 400
-_STEP_MESSAGES = (StepBegin, ExchangeRequest, ExchangeReply, StepEnd)
+_STEP_MESSAGES = (
+    *(StepBegin, ExchangeRequest, ExchangeReply, StepEnd),
+    *(TrainBegin, BackwardBegin, GradientRequest, GradientReply, BackwardEnd),
+)
 _RECOGNISABLE = (TYPES[Hello], TYPES[ErrorReply])
 
 

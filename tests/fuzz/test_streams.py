@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from privatelora.errors import ProtocolError, RemoteProtocolError, VersionMismatch
 from privatelora.runtime.wire.messages import PROTOCOL_VERSION, ErrorReply, Hello, Message, Role
 from privatelora.runtime.wire.prelude import TYPES
-from privatelora.runtime.wire.state import Phase, SessionPhase
+from privatelora.runtime.wire.rules import Phase, SessionPhase
 from privatelora.transports.framing import HEADER, HEADER_NBYTES, MAGIC
 from tests.fuzz.campaign import check_error, check_message
 from tests.fuzz.cases import Target, targets

@@ -14,7 +14,9 @@ import yaml
 
 from privatelora.errors import ConfigError, TrainingError
 from privatelora.partition.adapter import read_adapter
+from privatelora.training import trainer
 from privatelora.training.config import read_train_config
+from privatelora.training.methods import TrainableM
 from privatelora.training.run import Outcome, run_training
 from privatelora.training.trainer import StopGently
 from tests.partition.tiny import save_tiny
@@ -120,6 +122,25 @@ def test_the_curve_is_in_tensorboards_files(write: Write) -> None:
     assert "train/kl_to_base" in events.Tags()["scalars"]
 
 
+def test_replayed_rows_are_run_apart_and_count_the_same(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apart = losses(run(write("apart")))
+    shapes = []
+    true_loss = trainer.answer_loss
+
+    def noting(logits: torch.Tensor, *args: Any) -> torch.Tensor:
+        shapes.append(logits.shape[0])
+        return true_loss(logits, *args)
+
+    monkeypatch.setattr(trainer, "answer_loss", noting)
+    run(write("counted"))
+    assert shapes == [3, 1] * 6
+    monkeypatch.setattr(TrainableM, "packs", True)
+    assert losses(run(write("together"))) == pytest.approx(apart, rel=1e-5)
+    assert shapes[12:] == [4] * 6
+
+
 def test_nothing_is_replayed_or_measured_without_retention(write: Write) -> None:
     outcome = run(write(retention=None))
     assert outcome.results["after"] == {}
@@ -129,14 +150,12 @@ def test_nothing_is_replayed_or_measured_without_retention(write: Write) -> None
 def test_a_loss_that_is_not_a_number_ends_the_run_and_loses_nothing(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from privatelora.training import trainer
-
     calls = iter(range(100))
     true_loss = trainer.answer_loss
     monkeypatch.setattr(
         trainer,
         "answer_loss",
-        lambda *args: true_loss(*args) * (math.nan if next(calls) == 4 else 1.0),
+        lambda *args: true_loss(*args) * (math.nan if next(calls) == 8 else 1.0),
     )
     path = write()
     with pytest.raises(TrainingError, match=r"step 5: the loss is nan.*what 4 steps have trained"):
@@ -148,8 +167,6 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_loses_nothing(
 def test_a_gradient_that_is_not_finite_changes_no_weight(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from privatelora.training import trainer
-
     class Burst(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:

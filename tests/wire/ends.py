@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections import deque
 
+import pytest
+
+from privatelora.errors import LocalProtocolError, RemoteProtocolError
 from privatelora.runtime.wire.messages import (
+    BackwardBegin,
+    BackwardEnd,
+    BatchSequence,
+    DropStep,
     ExchangeReply,
     ExchangeRequest,
+    GradientReply,
+    GradientRequest,
     Message,
     OpenSession,
     OutputRows,
@@ -14,12 +23,16 @@ from privatelora.runtime.wire.messages import (
     SessionOpened,
     StepBegin,
     StepEnd,
+    TrainBegin,
 )
 from privatelora.runtime.wire.prelude import WireLimits
-from privatelora.runtime.wire.state import Phase, WireConnection
-from tests.wire.samples import CLOUD_HELLO, EDGE_HELLO, payload
+from privatelora.runtime.wire.rules import Phase
+from privatelora.runtime.wire.state import WireConnection
+from tests.wire.samples import CLOUD_HELLO, EDGE_HELLO, frame_of, payload
 
 Z = payload()
+FROM_EDGE = (StepBegin, ExchangeReply, TrainBegin, BackwardBegin, GradientReply, DropStep)
+"""What an edge says of steps."""
 
 
 class Ends:
@@ -56,6 +69,26 @@ class Ends:
         assert self.edge_hears() == message
 
 
+def tell(ends: Ends, *messages: Message) -> None:
+    """Say and hear each, by whoever says such a thing of a step."""
+    for message in messages:
+        (ends.edge_tells if isinstance(message, FROM_EDGE) else ends.cloud_tells)(message)
+
+
+def require_refused(ends: Ends, sender: Role, message: Message, reason: str | None = None) -> None:
+    """``sender`` may not say it, and the other end does not put up with it, for one reason."""
+    speaker, listener = (ends.edge, ends.cloud) if sender is Role.EDGE else (ends.cloud, ends.edge)
+    before = speaker.phase, speaker.sessions, speaker.steps(1)
+    with pytest.raises(LocalProtocolError, match=reason) as local:
+        speaker.send(message)
+    assert len(str(local.value).splitlines()) == 1
+    assert (speaker.phase, speaker.sessions, speaker.steps(1)) == before
+    with pytest.raises(RemoteProtocolError, match=reason) as remote:
+        listener.receive(frame_of(message))
+    assert str(remote.value) == str(local.value)
+    assert listener.phase is Phase.BROKEN
+
+
 def greeted(limits: WireLimits | None = None) -> Ends:
     ends = Ends(limits)
     ends.edge_tells(EDGE_HELLO)
@@ -66,6 +99,13 @@ def greeted(limits: WireLimits | None = None) -> Ends:
 def with_session(session_id: int = 1, limits: WireLimits | None = None) -> Ends:
     ends = greeted(limits)
     ends.edge_tells(OpenSession(session_id, 64, "fp16", "fp16"))
+    ends.cloud_tells(SessionOpened(session_id, 64))
+    return ends
+
+
+def with_training_session(session_id: int = 1, limits: WireLimits | None = None) -> Ends:
+    ends = greeted(limits)
+    ends.edge_tells(OpenSession(session_id, 64, "fp16", "fp16", training=True))
     ends.cloud_tells(SessionOpened(session_id, 64))
     return ends
 
@@ -84,3 +124,27 @@ def reply(step_id: int, point: int, session_id: int = 1) -> ExchangeReply:
 
 def end(step_id: int, session_id: int = 1) -> StepEnd:
     return StepEnd(session_id, step_id, Z)
+
+
+def train(step_id: int, session_id: int = 1, *, backward: bool = True) -> TrainBegin:
+    return TrainBegin(session_id, step_id, (BatchSequence(1, 1),), backward, payload(), None)
+
+
+def go_back(step_id: int, session_id: int = 1) -> BackwardBegin:
+    return BackwardBegin(session_id, step_id, Z)
+
+
+def ask_back(step_id: int, point: int, session_id: int = 1) -> GradientRequest:
+    return GradientRequest(session_id, step_id, point, Z)
+
+
+def answer_back(step_id: int, point: int, session_id: int = 1) -> GradientReply:
+    return GradientReply(session_id, step_id, point, Z)
+
+
+def end_back(step_id: int, session_id: int = 1) -> BackwardEnd:
+    return BackwardEnd(session_id, step_id, Z, None)
+
+
+def drop(step_id: int, session_id: int = 1) -> DropStep:
+    return DropStep(session_id, step_id)

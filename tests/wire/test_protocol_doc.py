@@ -17,6 +17,7 @@ from privatelora.runtime.wire import control, failures
 from privatelora.runtime.wire.codec import decode, encode
 from privatelora.runtime.wire.messages import (
     PROTOCOL_VERSION,
+    BatchSequence,
     ErrorCode,
     ExchangeRequest,
     Message,
@@ -24,8 +25,17 @@ from privatelora.runtime.wire.messages import (
     OutputRows,
     StepBegin,
     TensorPayload,
+    TrainBegin,
 )
-from privatelora.runtime.wire.prelude import MAX_PINGS, MAX_SESSIONS, MAX_STEPS, TYPES, WireLimits
+from privatelora.runtime.wire.prelude import (
+    MAX_PINGS,
+    MAX_SEQUENCES,
+    MAX_SESSIONS,
+    MAX_STEPS,
+    MAX_TRAINING_STEPS,
+    TYPES,
+    WireLimits,
+)
 from tests.wire.samples import SAMPLES, frame_of
 
 CPU = torch.device("cpu")
@@ -46,6 +56,14 @@ EXAMPLES: list[Message] = [
     OpenSession(7, 4096, "fp16", "fp16"),
     StepBegin(7, 0, 12, OutputRows.LAST, fp16(2, "003c00c0"), fp16(3, "000000380034")),
     ExchangeRequest(7, 0, 3, fp16(2, "003c00c0")),
+    TrainBegin(
+        8,
+        0,
+        (BatchSequence(1, 1), BatchSequence(2, 1)),
+        True,
+        TensorPayload("fp16", (3, 2), bytes.fromhex("003c00c0003800340000003c")),
+        None,
+    ),
 ]
 
 
@@ -104,6 +122,8 @@ def test_the_bounds_are_those_of_the_code() -> None:
         f"At most {MAX_SESSIONS} may be open",
         f"At most {MAX_STEPS} may be in flight",
         f"At most {MAX_PINGS} may wait",
+        f"`sequences`, 1 to {MAX_SEQUENCES} of 8 bytes",
+        f"most {MAX_TRAINING_STEPS} steps may be running or kept",
     ):
         assert sentence in text, sentence
     assert f"`{failures.RETRY_AFTER}`" in TEXT

@@ -7,10 +7,14 @@ from collections import Counter
 
 from privatelora.errors import LocalProtocolError
 from privatelora.runtime.wire.messages import (
+    BackwardBegin,
+    BackwardEnd,
     CloseSession,
+    DropStep,
     ErrorCode,
     ErrorReply,
     ExchangeRequest,
+    GradientRequest,
     Hello,
     Message,
     OpenSession,
@@ -18,23 +22,44 @@ from privatelora.runtime.wire.messages import (
     Pong,
     SessionClosed,
     SessionOpened,
+    StepEnd,
 )
-from privatelora.runtime.wire.prelude import WireLimits
-from privatelora.runtime.wire.state import Phase, WireConnection
-from tests.wire.ends import Ends, begin, end, greeted, reply, request
+from privatelora.runtime.wire.prelude import TYPES, WireLimits
+from privatelora.runtime.wire.rules import Phase, SessionPhase
+from privatelora.runtime.wire.state import WireConnection
+from tests.wire.ends import (
+    Ends,
+    answer_back,
+    ask_back,
+    begin,
+    drop,
+    end,
+    end_back,
+    go_back,
+    greeted,
+    reply,
+    request,
+    train,
+)
 
 LIMITS = WireLimits(max_sessions=3, max_steps=3)
-NUM_WALKS, NUM_ACTIONS = 200, 400
+TRAINING = (SessionPhase.OPENING_TRAINING, SessionPhase.TRAINING)
+NUM_WALKS, NUM_ACTIONS = 250, 500
 
 
 class Walk:
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
+        # In every other walk sessions last: a training step takes many messages.
+        self.num_last_words = 0.05 if seed % 2 else 1.0
         self.ends: Ends = greeted(LIMITS)
         self.said: Counter[str] = Counter()
         self.late: Counter[str] = Counter()
         self.open_at_edge: set[int] = set()
-        self.asked_at_edge: list[ExchangeRequest] = []
+        self.asked_at_edge: list[ExchangeRequest | GradientRequest] = []
+        self.kept_at_edge: set[tuple[int, int]] = set()
+        self.on_way_back_at_edge: set[tuple[int, int]] = set()
+        self.on_way_back_at_cloud: set[tuple[int, int]] = set()
         self.pings_at_cloud: list[int] = []
         self.next_id = 0
         self.goodbyes = 0
@@ -72,24 +97,38 @@ class Walk:
         edge, rng = self.ends.edge, self.rng
         session_id = self.session_id(edge)
         self.next_id = max(0, self.next_id + rng.randint(-1, 3))
+        trains = edge.sessions.get(session_id) in TRAINING or rng.random() < 0.05
         message: Message
-        match rng.choices(range(6), [2, 4, 8, 0.6, 0.3, 0.5])[0]:
+        last = self.num_last_words
+        match rng.choices(range(8), [1, 3, 8, 0.6 * last, 0.3, 0.5 * last, 3, 1])[0]:
             case 0:
-                message = OpenSession(self.next_id, 64, "fp16", "fp16")
+                trains = rng.random() < 0.75
+                message = OpenSession(self.next_id, 64, "fp16", "fp16", training=trains)
+            case 1 if trains:
+                message = train(self.next_id, session_id, backward=rng.random() < 0.8)
             case 1:
                 message = begin(self.next_id, session_id)
             case 2 if self.asked_at_edge and rng.random() < 0.9:
                 # Sometimes one that was answered before.
                 asked = rng.choice(self.asked_at_edge[-4:])
-                message = reply(asked.step_id, asked.point, asked.session_id)
+                answer = answer_back if isinstance(asked, GradientRequest) else reply
+                message = answer(asked.step_id, asked.point, asked.session_id)
             case 2:
-                message = reply(self.step_id(edge, session_id), rng.randrange(20), session_id)
+                answer = answer_back if trains and rng.random() < 0.5 else reply
+                message = answer(self.step_id(edge, session_id), rng.randrange(20), session_id)
             case 3:
                 message = CloseSession(session_id)
             case 4:
                 message = Ping(self.next_id)
-            case _:
+            case 5:
                 message = ErrorReply(ErrorCode.INTERNAL, "failed", session_id)
+            case number:
+                say = go_back if number == 6 else drop
+                step_id = self.step_id(edge, session_id)
+                kept = [(a, b) for a, b in sorted(self.kept_at_edge) if b in edge.steps(a)]
+                if kept and rng.random() < 0.9:
+                    session_id, step_id = rng.choice(kept)
+                message = say(step_id, session_id)
         try:
             self.ends.edge_says(message)
         except LocalProtocolError:
@@ -97,19 +136,29 @@ class Walk:
         self.said[type(message).__name__] += 1
         if isinstance(message, OpenSession):
             self.open_at_edge.add(message.session_id)
+        if isinstance(message, BackwardBegin | DropStep):
+            # Only of what the cloud keeps, once.
+            self.kept_at_edge.remove((message.session_id, message.step_id))
+        if isinstance(message, BackwardBegin):
+            self.on_way_back_at_edge.add((message.session_id, message.step_id))
 
     def cloud_speaks(self) -> None:
         cloud, rng = self.ends.cloud, self.rng
         session_id = self.session_id(cloud)
         step_id = self.step_id(cloud, session_id)
+        back = (session_id, step_id) in self.on_way_back_at_cloud
+        if rng.random() < 0.05:
+            back = not back
         message: Message
-        match rng.choices(range(6), [4, 8, 2, 2, 1, 0.5])[0]:
+        match rng.choices(range(6), [4, 8, 4, 2, 1, 0.5 * self.num_last_words])[0]:
             case 0:
                 message = SessionOpened(session_id, 64)
             case 1:
-                message = request(step_id, rng.randrange(20), session_id)
+                ask = ask_back if back else request
+                message = ask(step_id, rng.randrange(20), session_id)
             case 2:
-                message = end(step_id, session_id)
+                finish = end_back if back else end
+                message = finish(step_id, session_id)
             case 3:
                 message = SessionClosed(session_id)
             case 4:
@@ -136,8 +185,17 @@ class Walk:
             assert message.session_id in self.open_at_edge
             if isinstance(message, SessionClosed | ErrorReply):
                 self.open_at_edge.remove(message.session_id)
-            if isinstance(message, ExchangeRequest):
+            if isinstance(message, ExchangeRequest | GradientRequest):
                 self.asked_at_edge.append(message)
+            if isinstance(message, StepEnd) and message.step_id in self.ends.edge.steps(
+                message.session_id
+            ):
+                self.kept_at_edge.add((message.session_id, message.step_id))
+            if isinstance(message, GradientRequest | BackwardEnd):
+                # Nothing goes back unless the edge said so.
+                assert (message.session_id, message.step_id) in self.on_way_back_at_edge
+            if isinstance(message, BackwardEnd):
+                self.on_way_back_at_edge.remove((message.session_id, message.step_id))
 
     def cloud_listens(self) -> None:
         if self.ends.to_cloud:
@@ -145,6 +203,8 @@ class Walk:
             self.late["cloud"] += message is None
             if isinstance(message, Ping):
                 self.pings_at_cloud.append(message.nonce)
+            if isinstance(message, BackwardBegin):
+                self.on_way_back_at_cloud.add((message.session_id, message.step_id))
 
 
 def test_ends_that_keep_to_what_they_may_say_never_disagree() -> None:
@@ -165,18 +225,6 @@ def test_ends_that_keep_to_what_they_may_say_never_disagree() -> None:
         said += walk.said
         late += walk.late
     # The walks went everywhere.
-    assert set(said) == {
-        "OpenSession",
-        "SessionOpened",
-        "StepBegin",
-        "ExchangeRequest",
-        "ExchangeReply",
-        "StepEnd",
-        "CloseSession",
-        "SessionClosed",
-        "Ping",
-        "Pong",
-        "ErrorReply",
-    }
+    assert set(said) == {kind.__name__ for kind in TYPES} - {"Hello"}
     assert min(said.values()) > 100
     assert min(late["edge"], late["cloud"]) > 50

@@ -28,7 +28,8 @@ from privatelora.runtime.wire.messages import (
     TensorPayload,
 )
 from privatelora.runtime.wire.prelude import MAX_PINGS, MAX_SESSIONS, WireLimits
-from privatelora.runtime.wire.state import Phase, SessionPhase, WireConnection
+from privatelora.runtime.wire.rules import Phase, SessionPhase
+from privatelora.runtime.wire.state import WireConnection
 from tests.wire.ends import Ends, begin, end, greeted, reply, request, with_session
 from tests.wire.samples import CLOUD_HELLO, EDGE_HELLO, frame_of, payload
 

@@ -1,0 +1,1 @@
+"""Training with text, labels, loss, optimiser and M here, and the frozen stack on a cloud."""
