@@ -119,3 +119,28 @@ def next_tokens(model: Any, final: Tensor) -> Tensor:
     """What the public norm and LM head choose, (n,), for hidden states behind the last layer."""
     chosen: Tensor = model.lm_head(model.model.norm(final)).argmax(dim=1)
     return chosen
+
+
+def labels_of(
+    gradients: torch.Tensor,
+    hidden_states: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    head: torch.Tensor,
+) -> list[int]:
+    """The tokens that training wanted, from the gradients of its loss.
+
+    ``gradients``, ``hidden_states``: (n, hidden_size), of and before the final norm; ``norm`` and
+    ``head`` are public. Cross-entropy's gradient is c (sum_y p_y J^T W_y - J^T W_label), in which
+    only label and c are unknown, so the label is the one whose direction that is.
+    """
+    found = []
+    for gradient, hidden in zip(gradients, hidden_states, strict=True):
+        size = hidden.shape[0]
+        root = hidden.pow(2).mean().add(eps).sqrt()
+        weighted = head * norm
+        through = weighted / root - torch.outer(weighted @ hidden, hidden) / (size * root**3)
+        probabilities = torch.softmax(head @ (norm * hidden / root), 0)
+        candidates = probabilities @ through - through
+        found.append(int(torch.cosine_similarity(candidates, gradient.unsqueeze(0)).argmax()))
+    return found
