@@ -22,15 +22,13 @@ class Example:
 
     ``prompt``: the conversation up to the answer, the last turn the user's. ``where``: the file and
     line, or the data set and row, for messages. ``compare``: how an answer is compared with the
-    right one, as words or as its last number. ``choices``: the possible answers of a multiple
-    choice, of which ``answer`` is one.
+    right one, as words or as its last number.
     """
 
     prompt: tuple[Message, ...]
     answer: str
     where: str = ""
     compare: Literal["text", "number"] = "text"
-    choices: tuple[str, ...] = ()
 
     @property
     def question(self) -> str:
@@ -44,10 +42,9 @@ def ask(
     *,
     where: str = "",
     compare: Literal["text", "number"] = "text",
-    choices: tuple[str, ...] = (),
 ) -> Example:
     """Return an example of one question."""
-    return Example((Message("user", question),), answer, where, compare, choices)
+    return Example((Message("user", question),), answer, where, compare)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,8 @@ class Score:
         n, p, z = self.num, self.accuracy, _Z_95
         middle = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return max(0.0, middle - half), min(1.0, middle + half)
+        # The accuracy lies within, whatever is rounded.
+        return min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half))
 
     def summary(self) -> dict[str, float | int]:
         """Everything but the answers."""
