@@ -218,8 +218,8 @@ def edge_config(address: str, rtt_ms: float) -> dict[str, Any]:
         "step_timeout_s": STEP_TIMEOUT_S,
     }
     if rtt_ms:
-        half = {"delay_ms": rtt_ms / 2}
-        config["impaired"] = {"up": half, "down": half}
+        # Two of them: YAML would write one twice as an alias, which is not read.
+        config["impaired"] = {way: {"delay_ms": rtt_ms / 2} for way in ("up", "down")}
     return config
 
 

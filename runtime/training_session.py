@@ -262,7 +262,8 @@ class TrainingService:
 
     def open(self, message: OpenSession, peer: CloudPeer) -> TrainingSession:
         """Make a session. Raises CapacityError if there is no place and no idle trainer."""
-        if self._limits is not None and len(self._sessions) >= self._limits.max_sessions:
+        # More than once: a place that is freed may be taken at once by somebody who waited for it.
+        while self._limits is not None and len(self._sessions) >= self._limits.max_sessions:
             since = time.monotonic() - self._min_idle_s
             idle = next((one for one in self._sessions if one.is_idle(since)), None)
             if idle is None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from privatelora import __version__
-from privatelora.cli import adapter, chat, config, demo, generate, keys, partition, status
+from privatelora.cli import adapter, chat, config, demo, generate, keys, partition, plan, status
 from privatelora.cli._app import run
 
 app = typer.Typer(
@@ -40,6 +40,7 @@ generate.register(app)
 keys.register(app)
 config.register(app)
 status.register(app)
+plan.register(app)
 demo.register(app)
 
 

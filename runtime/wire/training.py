@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
+from operator import gt
 from typing import Any
 
 from privatelora.errors import LocalProtocolError, RemoteProtocolError
@@ -61,7 +62,9 @@ _Description = tuple[int, int, int, bytes]
 def _encode_train_begin(message: TrainBegin) -> tuple[Buffer, ...]:
     sequences, hidden_states, opening = message.sequences, message.hidden_states, message.opening
     reason = _why_no_batch(
-        [(one.num_rows, one.num_output_rows) for one in sequences], hidden_states.shape[0]
+        [one.num_rows for one in sequences],
+        [one.num_output_rows for one in sequences],
+        hidden_states.shape[0],
     )
     if reason is None and opening is not None and opening.shape[0] != hidden_states.shape[0]:
         reason = f"opening has {opening.shape[0]} rows in a batch of {hidden_states.shape[0]}"
@@ -132,14 +135,16 @@ def _join(first: bytes, *tensors: TensorPayload | None) -> tuple[Buffer, ...]:
     return tuple(parts)
 
 
-def _why_no_batch(sequences: Sequence[tuple[int, int]], num_rows: int) -> str | None:
-    """What is wrong with (rows, output rows) of the sequences of a batch, if anything is."""
-    if not 1 <= len(sequences) <= MAX_SEQUENCES:
-        return f"a batch of {len(sequences)} sequences, not 1 to {MAX_SEQUENCES}"
-    for rows, output_rows in sequences:
-        if not (rows >= 1 and 0 <= output_rows <= rows):
-            return f"a sequence of {rows} rows of which {output_rows} are wanted"
-    if sum([rows for rows, _ in sequences]) != num_rows:
+def _why_no_batch(rows: Sequence[int], output_rows: Sequence[int], num_rows: int) -> str | None:
+    """What is wrong with the sequences of a batch, if anything is."""
+    if not 1 <= len(rows) <= MAX_SEQUENCES:
+        return f"a batch of {len(rows)} sequences, not 1 to {MAX_SEQUENCES}"
+    # Without a loop of Python's: a peer may send many of these.
+    if min(rows) < 1 or min(output_rows) < 0 or any(map(gt, output_rows, rows)):
+        pairs = zip(rows, output_rows, strict=True)
+        of, wanted = next((of, wanted) for of, wanted in pairs if of < 1 or not 0 <= wanted <= of)
+        return f"a sequence of {of} rows of which {wanted} are wanted"
+    if sum(rows) != num_rows:
         return f"hidden states of {num_rows} rows are not those of the sequences"
     return None
 
@@ -158,17 +163,18 @@ def _decode_train_begin(frame: memoryview, limits: WireLimits) -> TrainBegin:
     table = frame[start : start + num_sequences * _SEQUENCE.size]
     if len(table) != num_sequences * _SEQUENCE.size:
         raise truncated(frame, TrainBegin, start + num_sequences * _SEQUENCE.size)
-    sequences: list[tuple[int, int]] = list(_SEQUENCE.iter_unpack(table))
+    numbers: tuple[int, ...] = struct.unpack(f"<{2 * num_sequences}I", table)
+    rows, output_rows = numbers[::2], numbers[1::2]
     hidden_states, opening = _cut(frame, limits, TrainBegin, start + len(table), *tensors)
     if hidden_states is None:
         raise RemoteProtocolError("TrainBegin: no hidden states")
     num_rows = hidden_states.shape[0]
-    reason = _why_no_batch(sequences, num_rows)
+    reason = _why_no_batch(rows, output_rows, num_rows)
     if reason is None and opening is not None and opening.shape[0] != num_rows:
         reason = f"opening has {opening.shape[0]} rows in a batch of {num_rows}"
     if reason is not None:
         raise RemoteProtocolError(f"TrainBegin: {reason}")
-    batch = tuple([BatchSequence(*one) for one in sequences])
+    batch = tuple(map(BatchSequence, rows, output_rows))
     return TrainBegin(session_id, step_id, batch, bool(backward), hidden_states, opening)
 
 

@@ -140,6 +140,9 @@ def test_options_that_make_no_sense(commands: Commands, tmp_path: Path) -> None:
         (("emulator", "--mbps", "fast"), "--mbps 'fast': give numbers, such as 1,20"),
         (("emulator", "--mbps", "-5"), "bandwidth_mbps must be at least"),
         (("load", "--attacks", "abandoned"), "no attack 'abandoned' on tcp://; choose from"),
+        (("training", "--rows", "lora"), "--rows: there is no row 'lora'; choose from full, lora-"),
+        (("training", "--rtt-ms", "-5"), "--rtt-ms -5: half of it each way: delay_ms must be"),
+        (("training", "--tokens", "9000"), "--tokens 9000: the model's context is 8192"),
     ):
         found = commands.run(BENCH, *arguments)
         assert (found.code, found.out) == (1, "")
@@ -197,4 +200,38 @@ def test_load(commands: Commands, tmp_path: Path, transport: str, attacks: str) 
             rows[name]["cloud_descriptors_peak"] >= content["cloud_before"]["descriptors"] + number
         )
     assert content["cloud_after"]["descriptors"] == content["cloud_before"]["descriptors"]
+    assert (tmp_path / "plot.png").read_bytes().startswith(PNG)
+
+
+def test_training(commands: Commands, tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "model")
+    content = result(
+        commands,
+        tmp_path,
+        *("training", "--model", model, "--rows", "grouped,split-grouped", "--every", 2),
+        *("--grouped-rank", 4, "--batch-size", 2, "--tokens", 8, "--rounds", 2, "--steps", 3),
+        *("--num-threads", 1, "--plot", tmp_path / "plot.png"),
+    )
+    central, split = content["rows"]
+    assert content["baseline"] == central["method"] == split["method"]
+    assert [central["mode"], central["rtt_ms"]] == ["central", None]
+    assert [split["mode"], split["rtt_ms"]] == ["split", 0]
+    for row in content["rows"]:
+        assert row["trainable_parameters"] == 4 * 3 * 4 * 4
+        assert 0 < row["tokens_per_s"]["min"] <= row["tokens_per_s"]["max"]
+        ratios = [
+            ours / theirs
+            for ours, theirs in zip(
+                row["tokens_per_s"]["runs"], central["tokens_per_s"]["runs"], strict=True
+            )
+        ]
+        assert [row["ratio"]["min"], row["ratio"]["max"]] == sorted(ratios)
+    # The same batches and the same M: else it would not be the same training that is compared.
+    assert split["loss"] == pytest.approx(central["loss"], rel=1e-4)
+    assert [central["round_trips_per_step"], split["round_trips_per_step"]] == [0, 4]
+    assert central["bytes_per_step"] == {"up": 0, "down": 0}
+    # Hidden states there and back, and once more for their gradients.
+    assert min(split["bytes_per_step"].values()) > 2 * 8 * 64 * 4
+    assert central["peak_memory_mib"].keys() == {"trainer"}
+    assert split["peak_memory_mib"].keys() == {"trainer", "cloud"}
     assert (tmp_path / "plot.png").read_bytes().startswith(PNG)

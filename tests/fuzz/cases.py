@@ -11,9 +11,10 @@ from functools import cache
 from random import Random
 from typing import NamedTuple
 
+from tests.fuzz.conversations import Event, Recording
 from tests.fuzz.end import End, Tally
 from tests.fuzz.mutations import below, mutate, pick, spoil_stream
-from tests.fuzz.recordings import Event, Recording, recordings, streamed
+from tests.fuzz.recordings import recordings, streamed
 
 EPISODE = 128
 """Frames that meet the same ends, as far as those survive."""

@@ -1,7 +1,8 @@
 """What a real end does with the bytes it gets: a stream to frames, to messages, to tensors.
 
 ``FrameReader`` and ``WireConnection`` are used as ``transports/stream.py`` uses them, the payload
-codecs as ``runtime/cloud_service.py`` and ``runtime/split_model.py`` do: a tensor is read only if
+codecs as ``runtime/cloud_peer.py``, ``runtime/training_session.py`` and
+``runtime/split_model.py`` do: a tensor is read only if
 it has the shape that is due. What an end would compute with it is left out.
 """
 
@@ -18,16 +19,21 @@ from privatelora.runtime.payload.codec import CODEC_NAMES
 from privatelora.runtime.tensors import unpack
 from privatelora.runtime.wire.codec import decode
 from privatelora.runtime.wire.messages import (
+    BackwardBegin,
+    BackwardEnd,
     ErrorCode,
     ErrorReply,
     ExchangeReply,
     ExchangeRequest,
+    GradientReply,
+    GradientRequest,
     Message,
     OutputRows,
     Role,
     StepBegin,
     StepEnd,
     TensorPayload,
+    TrainBegin,
 )
 from privatelora.runtime.wire.prelude import TYPES, WireLimits
 from privatelora.runtime.wire.state import WireConnection
@@ -39,12 +45,13 @@ HIDDEN, Z, Y, OPENING = 136, 40, 72, 72
 POINTS = range(4)
 """Exchange points that a cloud may ask for."""
 MAX_POSITIONS = 64
-"""Positions of every session."""
+"""Positions of every session, and rows of a batch."""
 LIMITS = WireLimits(max_sessions=3, max_steps=3)
 """Small enough to be reached."""
 MAX_FRAME_NBYTES = 2**17
 MAX_QUEUED_NBYTES = 4096
 
+_OfStep = ExchangeRequest | ExchangeReply | GradientRequest | GradientReply | BackwardEnd
 _CPU = torch.device("cpu")
 _DTYPES = {Role.CLOUD: torch.bfloat16, Role.EDGE: torch.float32}
 _TYPE_NAMES = {number: kind.__name__ for kind, number in TYPES.items()}
@@ -82,8 +89,10 @@ class End:
         self._dtype = _DTYPES[role]
         self._queue = FrameQueue(MAX_QUEUED_NBYTES, self._room_made)
         self._reader = FrameReader(self._queue, MAX_FRAME_NBYTES, "the peer")
-        # Rows of each step and of what it returns. Ids are never used again.
+        # Rows of each step and of what it returns, and whether it has an opening. Ids are never
+        # used again.
         self._rows: dict[tuple[int, int], tuple[int, int]] = {}
+        self._has_opening: dict[tuple[int, int], bool] = {}
 
     @property
     def in_frame(self) -> bool:
@@ -98,13 +107,13 @@ class End:
     def say(self, message: Message) -> None:
         """Do what saying this does to the connection."""
         self.wire.send(message)
-        if isinstance(message, StepBegin):
+        if isinstance(message, StepBegin | TrainBegin):
             self._note(message)
 
     def recall(self, frame: bytes) -> None:
         """Do what hearing this did to the connection, but leave its tensors alone."""
         message = self.wire.receive(memoryview(frame))
-        if isinstance(message, StepBegin):
+        if isinstance(message, StepBegin | TrainBegin):
             self._note(message)
 
     def feed(self, data: bytes) -> None:
@@ -160,34 +169,58 @@ class End:
     def _take(self, message: Message) -> bool:
         """Read the tensors; whether there is room for them."""
         match message:
-            case StepBegin(hidden_states=hidden_states, opening=opening):
-                rows = hidden_states.shape[0]
-                _require_shape(hidden_states, rows, HIDDEN)
-                if message.position + rows > MAX_POSITIONS:
-                    self.say(ErrorReply(ErrorCode.REQUEST, "too long", message.session_id))
-                    return False
-                self._read(hidden_states)
-                if opening is not None:
-                    _require_shape(opening, rows, OPENING)
-                    self._read(opening)
-                self._note(message)
-            case ExchangeReply(session_id, step_id, _, y):
-                _require_shape(y, self._rows[session_id, step_id][0], Y)
-                self._read(y)
-            case ExchangeRequest(session_id, step_id, point, z):
+            case StepBegin() | TrainBegin():
+                return self._begin(message)
+            case ExchangeRequest(_, _, point) | GradientRequest(_, _, point):
                 if point not in POINTS:
                     raise RemoteProtocolError(f"point {point} does not exist")
-                _require_shape(z, self._rows[session_id, step_id][0], Z)
-                self._read(z)
-            case StepEnd(session_id, step_id, hidden_states):
-                _require_shape(hidden_states, self._rows[session_id, step_id][1], HIDDEN)
-                self._read(hidden_states)
+        match message:
+            case ExchangeRequest(z=tensor) | GradientReply(z=tensor):
+                self._read_due(tensor, self._num_rows(message), Z)
+            case ExchangeReply(y=tensor) | GradientRequest(y=tensor):
+                self._read_due(tensor, self._num_rows(message), Y)
+            case StepEnd(hidden_states=tensor) | BackwardBegin(hidden_states=tensor):
+                num_returned = self._rows[message.session_id, message.step_id][1]
+                self._read_due(tensor, num_returned, HIDDEN)
+            case BackwardEnd(session_id, step_id, opening, hidden_states):
+                if (opening is not None) != self._has_opening[session_id, step_id]:
+                    raise RemoteProtocolError("the gradient of an opening that was not, or not")
+                if opening is not None:
+                    self._read_due(opening, self._num_rows(message), OPENING)
+                if hidden_states is not None:
+                    self._read_due(hidden_states, self._num_rows(message), HIDDEN)
         return True
 
-    def _note(self, step: StepBegin) -> None:
+    def _begin(self, message: StepBegin | TrainBegin) -> bool:
+        hidden_states, opening = message.hidden_states, message.opening
+        rows = hidden_states.shape[0]
+        _require_shape(hidden_states, rows, HIDDEN)
+        end = message.position + rows if isinstance(message, StepBegin) else rows
+        if end > MAX_POSITIONS:
+            self.say(ErrorReply(ErrorCode.REQUEST, "too long", message.session_id))
+            return False
+        self._read(hidden_states)
+        if opening is not None:
+            self._read_due(opening, rows, OPENING)
+        self._note(message)
+        return True
+
+    def _num_rows(self, message: _OfStep) -> int:
+        return self._rows[message.session_id, message.step_id][0]
+
+    def _note(self, step: StepBegin | TrainBegin) -> None:
         rows = step.hidden_states.shape[0]
-        returned = {OutputRows.NONE: 0, OutputRows.LAST: 1, OutputRows.ALL: rows}
-        self._rows[step.session_id, step.step_id] = rows, returned[step.output_rows]
+        if isinstance(step, TrainBegin):
+            num_returned = sum(sequence.num_output_rows for sequence in step.sequences)
+        else:
+            returned = {OutputRows.NONE: 0, OutputRows.LAST: 1, OutputRows.ALL: rows}
+            num_returned = returned[step.output_rows]
+        self._rows[step.session_id, step.step_id] = rows, num_returned
+        self._has_opening[step.session_id, step.step_id] = step.opening is not None
+
+    def _read_due(self, payload: TensorPayload, rows: int, features: int) -> None:
+        _require_shape(payload, rows, features)
+        self._read(payload)
 
     def _read(self, payload: TensorPayload) -> None:
         codec = payload.codec if payload.codec in CODEC_NAMES else "unknown"

@@ -17,8 +17,14 @@ import msgpack
 from privatelora.runtime.payload.codec import CODEC_NAMES, plain_nbytes
 from privatelora.runtime.payload.names import LZ4_SUFFIX
 from privatelora.runtime.wire.codec import seal
-from privatelora.runtime.wire.messages import ErrorReply, Hello, StepBegin
-from privatelora.runtime.wire.prelude import PRELUDE, TYPES
+from privatelora.runtime.wire.messages import (
+    BackwardEnd,
+    ErrorReply,
+    Hello,
+    StepBegin,
+    TrainBegin,
+)
+from privatelora.runtime.wire.prelude import MAX_SEQUENCES, PRELUDE, TYPES
 from privatelora.transports.framing import HEADER, HEADER_NBYTES, MAGIC
 from tests.fuzz.end import HIDDEN, MAX_FRAME_NBYTES, MAX_POSITIONS
 
@@ -60,13 +66,17 @@ _ODD_HEADERS = (
 """Texts, arrays and maps that are not there or too deep, extensions, what MessagePack has not."""
 
 _RECOGNISABLE = (TYPES[Hello], TYPES[ErrorReply])
-_STEP_TYPES = range(16, 20)
-_TWO_TENSORS = TYPES[StepBegin]
+_STEP_TYPES = range(16, 25)
+_TWO_TENSORS = (TYPES[StepBegin], TYPES[TrainBegin], TYPES[BackwardEnd])
+_TRAIN_BEGIN = TYPES[TrainBegin]
 _DESCRIPTION = struct.Struct("<IIQ16s")
 _TENSORS_OFFSET = 32
+_SEQUENCE = struct.Struct("<II")
+_SEQUENCES_OFFSET = 96
 _PRELUDE_FIELDS = ((0, 1), (1, 1), (2, 2), (4, 4))
 _STEP_FIELDS = (*_PRELUDE_FIELDS, (8, 8), (16, 8), (24, 4), (28, 4), (32, 4), (36, 4), (40, 8))
 _BEGIN_FIELDS = (*_STEP_FIELDS, (64, 4), (68, 4), (72, 8))
+_TRAIN_FIELDS = (*_BEGIN_FIELDS, (96, 4), (100, 4), (104, 4), (108, 4))
 """Offsets and sizes of the integers of a frame."""
 
 
@@ -100,8 +110,10 @@ def _randomise_run(rng: Random, frame: bytearray, other: bytes) -> None:
 
 def _set_field(rng: Random, frame: bytearray, other: bytes) -> None:
     fields: Sequence[tuple[int, int]] = _PRELUDE_FIELDS
-    if frame[0] in _STEP_TYPES:
-        fields = _BEGIN_FIELDS if frame[0] == _TWO_TENSORS else _STEP_FIELDS
+    if frame[0] == _TRAIN_BEGIN:
+        fields = _TRAIN_FIELDS
+    elif frame[0] in _STEP_TYPES:
+        fields = _BEGIN_FIELDS if frame[0] in _TWO_TENSORS else _STEP_FIELDS
     start, nbytes = pick(rng, fields)
     stop = start + nbytes
     if stop <= len(frame):
@@ -140,7 +152,7 @@ _ANYWHERE: tuple[Callable[[Random, bytearray, bytes], None], ...] = (
 )
 
 
-# Tensors, in frames whose sizes are right
+# Tensors and sequences, in frames whose sizes are right
 
 
 @dataclass
@@ -241,21 +253,72 @@ _TENSOR: tuple[Callable[[Random, _Tensor], None], ...] = (
 )
 
 
-def _spoil_tensor(rng: Random, frame: bytes) -> bytearray:
-    stop = _TENSORS_OFFSET + _DESCRIPTION.size * (2 if frame[0] == _TWO_TENSORS else 1)
-    descriptions, start, tensors = [], stop, []
+def _spoil_step(rng: Random, frame: bytes) -> bytearray:
+    """Something in the tensors, or in the sequences of a batch."""
+    stop = _TENSORS_OFFSET + _DESCRIPTION.size * (2 if frame[0] in _TWO_TENSORS else 1)
+    sequences, start = b"", stop
+    if frame[0] == _TRAIN_BEGIN:
+        sequences = _sequences_of(frame)
+        start += len(sequences) + -len(sequences) % 16
+    descriptions, tensors = [], []
     for rows, features, nbytes, codec in _DESCRIPTION.iter_unpack(frame[_TENSORS_OFFSET:stop]):
         tensors.append(_Tensor(rows, features, codec.rstrip(b"\0"), frame[start : start + nbytes]))
         start += nbytes + -nbytes % 16
-    pick(rng, _TENSOR)(rng, pick(rng, tensors))
-    data = b""
+    head = frame[:_TENSORS_OFFSET]
+    if sequences and rng.random() < 0.4:
+        sequences = (_spoil_sequences if rng.random() < 0.6 else _grow)(rng, sequences, tensors)
+        number = len(sequences) // _SEQUENCE.size
+        head = head[:24] + number.to_bytes(4, "little") + head[28:]
+    else:
+        pick(rng, _TENSOR)(rng, pick(rng, tensors))
+    data = sequences
     for tensor in tensors:
         descriptions.append(
             _DESCRIPTION.pack(tensor.rows, tensor.features, len(tensor.data), tensor.codec)
         )
         if tensor.data:
             data += bytes(-len(data) % 16) + tensor.data
-    return bytearray(frame[:_TENSORS_OFFSET] + b"".join(descriptions) + data)
+    return bytearray(head + b"".join(descriptions) + data)
+
+
+def _sequences_of(frame: bytes) -> bytes:
+    number = int.from_bytes(frame[24:28], "little")
+    return frame[_SEQUENCES_OFFSET : _SEQUENCES_OFFSET + number * _SEQUENCE.size]
+
+
+def _spoil_sequences(rng: Random, table: bytes, tensors: Sequence[_Tensor]) -> bytes:
+    """Other sequences; some of them are as good, others have rows that are not there."""
+    sequences = [list(sequence) for sequence in _SEQUENCE.iter_unpack(table)]
+    one = pick(rng, sequences)
+    way = below(rng, 7)
+    if way == 0:
+        one[below(rng, 2)] = pick(rng, _EDGES) % 2**32
+    elif way == 1:
+        one[0] = max(0, one[0] + pick(rng, (-1, 1)))
+    elif way == 2:
+        one[1] = max(0, one[1] + pick(rng, (-1, 1)))
+    elif way == 3:
+        sequences.remove(one)
+    elif way == 4:
+        sequences.insert(below(rng, len(sequences) + 1), list(pick(rng, ([0, 0], [1, 0], one))))
+    elif way == 5:
+        # In two, all of whose rows are there.
+        first = below(rng, one[0] + 1)
+        sequences += [[one[0] - first, 0]]
+        one[:] = first, 0
+    else:
+        sequences *= pick(rng, (2, 64, MAX_SEQUENCES))
+    return b"".join(_SEQUENCE.pack(*sequence) for sequence in sequences[: MAX_SEQUENCES + 1])
+
+
+def _grow(rng: Random, table: bytes, tensors: Sequence[_Tensor]) -> bytes:
+    """Another sequence, whose rows are there; perhaps more of them than a session takes."""
+    num_more = pick(rng, (1, MAX_POSITIONS - 5, MAX_POSITIONS, MAX_POSITIONS + 1))
+    for tensor in tensors:
+        if tensor.plain_nbytes() is not None:
+            tensor.rows += num_more
+            tensor.data = bytes(tensor.plain_nbytes() or 0)
+    return table + _SEQUENCE.pack(num_more, below(rng, num_more + 1))
 
 
 # Headers of MessagePack
@@ -297,7 +360,7 @@ def _mutate(rng: Random, frame: bytes, other: bytes) -> bytes:
     if way < 0.03:
         return rng.randbytes(below(rng, 200))
     if way < 0.55:
-        spoil = _spoil_tensor if frame[0] in _STEP_TYPES else _spoil_control
+        spoil = _spoil_step if frame[0] in _STEP_TYPES else _spoil_control
         spoilt = spoil(rng, frame)
         num_more = 1 if way < 0.08 else 0
     else:

@@ -6,63 +6,27 @@ Their beginnings lead an end into every state, and their frames are what the fuz
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
-from itertools import cycle, islice
-
-import torch
 
 from privatelora.runtime.payload.codec import CODEC_NAMES
-from privatelora.runtime.tensors import pack
 from privatelora.runtime.wire.messages import (
     CloseSession,
     ErrorCode,
     ErrorReply,
-    ExchangeReply,
-    ExchangeRequest,
-    Message,
     OpenSession,
     OutputRows,
     Ping,
     Pong,
-    Role,
     SessionClosed,
     SessionOpened,
-    StepBegin,
-    StepEnd,
-    TensorPayload,
 )
 from privatelora.transports.framing import HEADER, MAGIC
-from tests.fuzz.end import HIDDEN, LIMITS, MAX_POSITIONS, OPENING, End, Tally, Y, Z
-from tests.wire.ends import Ends
-from tests.wire.samples import CLOUD_HELLO, EDGE_HELLO
+from tests.fuzz.conversations import PROMPT_ROWS, Conversation, Recording
+from tests.fuzz.end import MAX_POSITIONS, End, Tally
+from tests.fuzz.training_scripts import training, training_crossings
+from tests.wire.samples import EDGE_HELLO
 
-PROMPT_ROWS = 40
-"""Frames of so many rows are larger than those the stream's reader keeps in its buffer."""
 GOODBYE = ErrorReply(ErrorCode.INTERNAL, "no more")
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Something said or heard; ``message`` is None for what was heard late."""
-
-    heard: bool
-    message: Message | None
-    frame: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Recording:
-    """A conversation as one end had it."""
-
-    name: str
-    role: Role
-    events: tuple[Event, ...]
-
-    @property
-    def heard(self) -> tuple[Event, ...]:
-        """What the peer said."""
-        return tuple(event for event in self.events if event.heard)
 
 
 def streamed(frame: bytes) -> bytes:
@@ -94,72 +58,7 @@ class Follower(End):
             self._next = next(self._events, None)
 
 
-class _Conversation(Ends):
-    """Two ends that are recorded, and the tensors they send: each in the next codec."""
-
-    def __init__(self, first_codec: int) -> None:
-        super().__init__(LIMITS)
-        self.events: dict[Role, list[Event]] = {Role.EDGE: [], Role.CLOUD: []}
-        self._codecs = islice(cycle(CODEC_NAMES), first_codec, None)
-        self._generator = torch.Generator().manual_seed(first_codec)
-        self._alike = cycle((False, True, True))
-
-    def edge_says(self, message: Message) -> None:
-        super().edge_says(message)
-        self._record(Role.EDGE, False, message, self.to_cloud[-1])
-
-    def cloud_says(self, message: Message) -> None:
-        super().cloud_says(message)
-        self._record(Role.CLOUD, False, message, self.to_edge[-1])
-
-    def cloud_hears(self) -> Message | None:
-        frame = self.to_cloud[0]
-        message = super().cloud_hears()
-        self._record(Role.CLOUD, True, message, frame)
-        return message
-
-    def edge_hears(self) -> Message | None:
-        frame = self.to_edge[0]
-        message = super().edge_hears()
-        self._record(Role.EDGE, True, message, frame)
-        return message
-
-    def _record(self, role: Role, heard: bool, message: Message | None, frame: memoryview) -> None:
-        self.events[role].append(Event(heard, message, bytes(frame)))
-
-    def tensor(self, rows: int, features: int) -> TensorPayload:
-        """Noise, or every other time or so numbers that can be compressed."""
-        tensor = torch.randn(rows, features, generator=self._generator)
-        if next(self._alike):
-            tensor = tensor[:, :1].repeat(1, features)
-        return pack(tensor, next(self._codecs))
-
-    def greet(self) -> None:
-        self.edge_tells(EDGE_HELLO)
-        self.cloud_tells(CLOUD_HELLO)
-
-    def open(self, session_id: int) -> None:
-        self.edge_tells(OpenSession(session_id, MAX_POSITIONS, "fp16", "int8+lz4"))
-        self.cloud_tells(SessionOpened(session_id, MAX_POSITIONS))
-
-    def begin(
-        self, session_id: int, step_id: int, rows: int, wanted: OutputRows, *, opening: bool = True
-    ) -> StepBegin:
-        hidden_states = self.tensor(rows, HIDDEN)
-        y = self.tensor(rows, OPENING) if opening else None
-        return StepBegin(session_id, step_id, step_id, wanted, hidden_states, y)
-
-    def request(self, session_id: int, step_id: int, point: int, rows: int) -> ExchangeRequest:
-        return ExchangeRequest(session_id, step_id, point, self.tensor(rows, Z))
-
-    def reply(self, session_id: int, step_id: int, point: int, rows: int) -> ExchangeReply:
-        return ExchangeReply(session_id, step_id, point, self.tensor(rows, Y))
-
-    def end(self, session_id: int, step_id: int, rows: int) -> StepEnd:
-        return StepEnd(session_id, step_id, self.tensor(rows, HIDDEN))
-
-
-def _steps(ends: _Conversation) -> None:
+def _steps(ends: Conversation) -> None:
     """One step alone, three at a time, three sessions at a time."""
     ends.greet()
     ends.open(1)
@@ -190,7 +89,7 @@ def _steps(ends: _Conversation) -> None:
     ends.edge_tells(GOODBYE)
 
 
-def _crossings(ends: _Conversation) -> None:
+def _crossings(ends: Conversation) -> None:
     """Last words that cross what the other end still says."""
     ends.greet()
     ends.edge_tells(OpenSession(1, MAX_POSITIONS, "fp16", "fp16"))
@@ -234,7 +133,7 @@ def _crossings(ends: _Conversation) -> None:
     ends.cloud_hears()
 
 
-def _pinged(ends: _Conversation) -> None:
+def _pinged(ends: Conversation) -> None:
     """Goodbyes that cross a question and its answer."""
     ends.greet()
     ends.edge_tells(Ping(7))
@@ -246,7 +145,7 @@ def _pinged(ends: _Conversation) -> None:
     ends.cloud_hears()
 
 
-def _prompt(ends: _Conversation) -> None:
+def _prompt(ends: Conversation) -> None:
     """Many rows, and goodbyes that cross."""
     ends.greet()
     ends.open(0)
@@ -260,19 +159,19 @@ def _prompt(ends: _Conversation) -> None:
     ends.cloud_hears()
 
 
-def _gone(ends: _Conversation) -> None:
+def _gone(ends: Conversation) -> None:
     """An edge that thinks better of it."""
     ends.edge_tells(EDGE_HELLO)
     ends.edge_tells(GOODBYE)
 
 
-def _refused(ends: _Conversation) -> None:
+def _refused(ends: Conversation) -> None:
     """An edge that is not let in."""
     ends.edge_tells(EDGE_HELLO)
     ends.cloud_tells(ErrorReply(ErrorCode.MISMATCH, "another model"))
 
 
-def _unwelcome(ends: _Conversation) -> None:
+def _unwelcome(ends: Conversation) -> None:
     """A cloud that wants to hear nothing."""
     ends.cloud_says(ErrorReply(ErrorCode.VERSION, "versions differ"))
     ends.edge_says(EDGE_HELLO)
@@ -280,16 +179,16 @@ def _unwelcome(ends: _Conversation) -> None:
     ends.edge_hears()
 
 
-def _rebuffed(ends: _Conversation) -> None:
+def _rebuffed(ends: Conversation) -> None:
     """An edge that hears something before it says anything."""
     ends.cloud_tells(ErrorReply(ErrorCode.INTERNAL, "not now"))
 
 
-def _record(script: Callable[[_Conversation], None], first_codec: int) -> Iterator[Recording]:
-    ends = _Conversation(first_codec)
+def _record(script: Callable[[Conversation], None], first_codec: int) -> Iterator[Recording]:
+    ends = Conversation(first_codec)
     script(ends)
     for role, events in ends.events.items():
-        yield Recording(f"{script.__name__[1:]}-{first_codec}-{role}", role, tuple(events))
+        yield Recording(f"{script.__name__.lstrip('_')}-{first_codec}-{role}", role, tuple(events))
 
 
 @cache
@@ -303,7 +202,7 @@ def recordings() -> tuple[Recording, ...]:
         *_record(_pinged, 0),
         *(
             recording
-            for script in (_steps, _crossings, _prompt)
+            for script in (_steps, _crossings, _prompt, training, training_crossings)
             for first_codec in range(len(CODEC_NAMES))
             for recording in _record(script, first_codec)
         ),

@@ -14,21 +14,34 @@ import torch
 from privatelora.runtime.payload.codec import CODEC_NAMES, decode, plain_nbytes
 from privatelora.runtime.wire.codec import decode as decode_message
 from privatelora.runtime.wire.messages import (
+    BatchSequence,
     CloseSession,
     ErrorCode,
     ErrorReply,
     ExchangeRequest,
+    Message,
     OpenSession,
     SessionClosed,
     StepBegin,
     TensorPayload,
+    TrainBegin,
 )
-from privatelora.runtime.wire.prelude import PRELUDE, TYPES
+from privatelora.runtime.wire.prelude import MAX_SEQUENCES, PRELUDE, TYPES
 from tests.fuzz.cases import episode_targets, make_case, targets
 from tests.fuzz.end import LIMITS, End, Tally
 from tests.fuzz.memory import CONSTANT_NBYTES, peak_nbytes
 from tests.fuzz.recordings import streamed
-from tests.wire.ends import begin, end, greeted, with_session
+from tests.wire.ends import (
+    begin,
+    drop,
+    end,
+    end_back,
+    go_back,
+    greeted,
+    train,
+    with_session,
+    with_training_session,
+)
 from tests.wire.samples import frame_of
 
 LZ4: Any = lz4.block  # ships without annotations
@@ -43,12 +56,12 @@ COMPRESSED_NBYTES_PER_NUMBER = 20
 """Of a tensor of the shape that was due: what it is in float32, five times."""
 
 
-def ready_for_a_step(tally: Tally) -> End:
+def ready_for_a_step(tally: Tally, kind: type[Message] = StepBegin) -> End:
     """A cloud whose session 1 is open."""
     return next(
         target.end(tally)
         for target in targets()
-        if target.coming and isinstance(target.coming[0].message, StepBegin)
+        if target.coming and isinstance(target.coming[0].message, kind)
     )
 
 
@@ -77,6 +90,16 @@ async def test_headers_take_little(header: bytes) -> None:
     frame = PRELUDE.pack(TYPES[OpenSession], 0, 1, len(header)) + header
     stream = streamed(frame)
     peak = peak_nbytes(partial(ready_for_a_step(Tally()).feed, stream))
+    assert peak <= CONSTANT_NBYTES + NBYTES_PER_BYTE * len(stream)
+
+
+async def test_sequences_take_little() -> None:
+    batch = TrainBegin(
+        *(1, 9, (BatchSequence(1, 1),) * MAX_SEQUENCES, True),
+        *(TensorPayload("fp16", (MAX_SEQUENCES, 1), b""), None),
+    )
+    stream = streamed(bytes(frame_of(batch)))
+    peak = peak_nbytes(partial(ready_for_a_step(Tally(), TrainBegin).feed, stream))
     assert peak <= CONSTANT_NBYTES + NBYTES_PER_BYTE * len(stream)
 
 
@@ -128,6 +151,22 @@ def test_steps_that_are_over_leave_nothing() -> None:
     def one_step(step_id: int) -> None:
         edge.send(begin(step_id))
         edge.receive(frame_of(end(step_id)))
+
+    assert growth_nbytes(one_step) < 20_000
+
+
+@pytest.mark.parametrize("way", ["forward only", "back", "dropped"])
+def test_training_steps_that_are_over_leave_nothing(way: str) -> None:
+    edge = with_training_session().edge
+
+    def one_step(step_id: int) -> None:
+        edge.send(train(step_id, backward=way != "forward only"))
+        edge.receive(frame_of(end(step_id)))
+        if way == "back":
+            edge.send(go_back(step_id))
+            edge.receive(frame_of(end_back(step_id)))
+        elif way == "dropped":
+            edge.send(drop(step_id))
 
     assert growth_nbytes(one_step) < 20_000
 

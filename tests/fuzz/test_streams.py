@@ -15,8 +15,9 @@ from privatelora.runtime.wire.rules import Phase, SessionPhase
 from privatelora.transports.framing import HEADER, HEADER_NBYTES, MAGIC
 from tests.fuzz.campaign import check_error, check_message
 from tests.fuzz.cases import Target, targets
+from tests.fuzz.conversations import Recording
 from tests.fuzz.end import LIMITS, MAX_FRAME_NBYTES, End, Tally
-from tests.fuzz.recordings import Follower, Recording, recordings, streamed
+from tests.fuzz.recordings import Follower, recordings, streamed
 
 RECORDINGS = {recording.name: recording for recording in recordings() if recording.heard}
 NAMES = sorted(RECORDINGS)
@@ -68,7 +69,10 @@ async def test_recordings_lead_into_every_state() -> None:
     assert num_steps == {(role, n) for role in Role for n in range(LIMITS.max_steps + 1)}
 
 
-@every("steps-0 steps-9 crossings-5 crossings-14 prompt-0 prompt-14 gone-0 unwelcome-0")
+@every(
+    "steps-0 steps-9 crossings-5 crossings-14 prompt-0 prompt-14 gone-0 unwelcome-0 "
+    "training-7 training_crossings-12"
+)
 async def test_cut_off_anywhere(recording: Recording) -> None:
     """Byte by byte, so that the stream has ended at every point once."""
     end, frames = Follower(recording, Tally()), frames_of(recording)
@@ -146,7 +150,7 @@ async def test_a_damaged_stream(damage: tuple[Recording, list[bytes], int]) -> N
         assert not end.in_frame
 
 
-@every("steps-3 crossings-3 unwelcome-0")
+@every("steps-3 crossings-3 unwelcome-0 training_crossings-3")
 @pytest.mark.parametrize("nbytes", [MAX_FRAME_NBYTES + 1, 2**32 - 1])
 async def test_a_frame_too_large_anywhere(recording: Recording, nbytes: int) -> None:
     frames = frames_of(recording)
@@ -158,7 +162,7 @@ async def test_a_frame_too_large_anywhere(recording: Recording, nbytes: int) -> 
         assert heard_by(end) == messages_of(recording)[:place]
 
 
-@every("steps-6 crossings-6 prompt-6 gone-0 refused-0 unwelcome-0")
+@every("steps-6 crossings-6 prompt-6 gone-0 refused-0 unwelcome-0 training-6 training_crossings-6")
 async def test_nothing_is_heard_twice(recording: Recording) -> None:
     """A frame that comes again, at once or later, is refused or too late."""
     for position in range(len(recording.events) + 1):

@@ -20,6 +20,7 @@ from privatelora.runtime.config import (
 )
 from privatelora.runtime.host_port import parse_host_port
 from privatelora.runtime.sampling_params import SamplingParams
+from privatelora.training.config import read_train_config
 from privatelora.transports.base import (
     NO_CREDENTIALS,
     Credentials,
@@ -33,6 +34,7 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
     "cloud": load_cloud_config,
     "edge": load_edge_config,
     "plan": read_plan_file,
+    "train": read_train_config,
 }
 CLOUD = "listen: tcp://127.0.0.1:0\nshard: shards/cloud\n"
 DEFAULT_CODECS = CodecPreferences(
@@ -61,7 +63,9 @@ Write = Callable[[str | bytes], Path]
 def test_every_file_in_configs_loads(path: Path) -> None:
     kind = path.name.partition("-")[0]
     settings = LOADERS[kind](path)
-    if kind != "plan":
+    if kind == "train":
+        assert settings.out == CONFIGS / ".." / "out" / path.stem
+    elif kind != "plan":
         assert settings.shard == CONFIGS / ".." / "out/shards" / kind
 
 

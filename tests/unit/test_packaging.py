@@ -112,7 +112,8 @@ def test_nothing_else_is_in_the_wheel(names: set[str]) -> None:
     inside = {name for name in names if name.startswith("privatelora/")}
     page = {name for name in inside if name.startswith("privatelora/runtime/http/page/")}
     prompts = "privatelora/training/data/general_prompts.txt"
-    assert inside - modules_on_disk() == {"privatelora/py.typed", prompts} | page
+    adapter = "privatelora/cli/demo_adapter.safetensors"
+    assert inside - modules_on_disk() == {"privatelora/py.typed", prompts, adapter} | page
     assert {Path(name).name for name in page} == {
         file.name for file in (ROOT / "runtime" / "http" / "page").iterdir()
     }

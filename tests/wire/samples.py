@@ -7,14 +7,21 @@ from collections.abc import Callable
 
 from hypothesis import strategies as st
 
-from privatelora.runtime.wire.codec import encode, seal
+from privatelora.errors import RemoteProtocolError, VersionMismatch
+from privatelora.runtime.wire.codec import decode, encode, seal
 from privatelora.runtime.wire.messages import (
+    BackwardBegin,
+    BackwardEnd,
+    BatchSequence,
     CloseSession,
+    DropStep,
     ErrorCode,
     ErrorReply,
     ExchangeReply,
     ExchangeRequest,
     Fingerprints,
+    GradientReply,
+    GradientRequest,
     Hello,
     Message,
     OpenSession,
@@ -27,7 +34,11 @@ from privatelora.runtime.wire.messages import (
     StepBegin,
     StepEnd,
     TensorPayload,
+    TrainBegin,
 )
+from privatelora.runtime.wire.prelude import WireLimits
+
+LIMITS = WireLimits()
 
 PRINTS = Fingerprints("a" * 64, "b" * 64, "c" * 64)
 EDGE_HELLO = Hello(Role.EDGE, "privatelora 0.1", PRINTS, ("bf16", "fp32"), 2**20, token="s3cr3t")
@@ -48,6 +59,7 @@ SAMPLES: tuple[Message, ...] = (
     ErrorReply(ErrorCode.VERSION, "versions differ"),
     OpenSession(7, 4096, "bf16", "fp16"),
     OpenSession(8, 4096, "bf16", "fp16", "a-token_of.8"),
+    OpenSession(9, 4096, "bf16", "fp16", training=True),
     SessionOpened(7, 4096),
     SessionOpened(8, 4096, 12, "another-token"),
     CloseSession(7),
@@ -60,6 +72,19 @@ SAMPLES: tuple[Message, ...] = (
     ExchangeReply(7, 9, 3, payload(2, 9, "int4.g64+lz4")),
     StepEnd(7, 9, payload(1, 3)),
     StepEnd(7, 10, payload(0, 3)),
+    TrainBegin(9, 0, (BatchSequence(2, 1),), True, payload(2, 3), payload(2, 4, "bf16")),
+    TrainBegin(9, 1, (BatchSequence(1, 1), BatchSequence(2, 0)), True, payload(3, 3), None),
+    TrainBegin(9, 2, (BatchSequence(1, 1),) * 3, False, payload(3, 5), payload(3, 1, "int8+lz4")),
+    TrainBegin(9, 3, (BatchSequence(1, 0),), False, payload(1, 3), None),
+    BackwardBegin(9, 0, payload(1, 3)),
+    BackwardBegin(9, 2**53 - 1, payload(0, 3)),
+    GradientRequest(9, 0, 3, payload(2, 9, "bf16")),
+    GradientReply(9, 0, 3, payload(2, 6, "int4.g64+lz4")),
+    BackwardEnd(9, 0, payload(2, 4, "bf16"), payload(2, 3)),
+    BackwardEnd(9, 1, payload(2, 5), None),
+    BackwardEnd(9, 2, None, payload(3, 3)),
+    BackwardEnd(9, 3, None, None),
+    DropStep(9, 2**53 - 1),
 )
 
 
@@ -76,6 +101,21 @@ def sealed(content: bytes | bytearray) -> memoryview:
     return memoryview(bytearray(b"".join(seal((content,)))))
 
 
+def outcome(content: bytes | bytearray) -> Message | RemoteProtocolError | VersionMismatch:
+    """What decoding gives of a frame with the checksum of this content.
+
+    Any other exception fails the test.
+    """
+    try:
+        return decode(sealed(content), LIMITS)
+    except (RemoteProtocolError, VersionMismatch) as error:
+        reason = str(error)
+        assert reason
+        assert len(reason.splitlines()) == 1
+        assert len(reason) < 400
+        return error
+
+
 # Strategies
 
 ids = st.integers(0, 2**53 - 1)
@@ -90,6 +130,7 @@ def names(max_size: int) -> st.SearchStrategy[str]:
 
 
 codecs = names(16)
+tokens = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1)
 any_rows = st.integers(0, 2**20)
 wrappers: st.SearchStrategy[Callable[[bytes], bytes | bytearray | memoryview]] = st.sampled_from(
     [bytes, bytearray, memoryview]
@@ -107,7 +148,6 @@ def payloads(draw: st.DrawFn, rows: st.SearchStrategy[int]) -> TensorPayload:
 def hellos(draw: st.DrawFn) -> Hello:
     role = draw(st.sampled_from(Role))
     fingerprints = st.text("0123456789abcdef", min_size=64, max_size=64)
-    tokens = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1)
     return Hello(
         role=role,
         software=draw(texts),
@@ -134,6 +174,27 @@ def step_begins(draw: st.DrawFn) -> StepBegin:
     )
 
 
+@st.composite
+def sequences(draw: st.DrawFn) -> BatchSequence:
+    # Of as many as there are below, a batch has no more rows than are accepted.
+    num_rows = draw(st.integers(1, 2**16))
+    return BatchSequence(num_rows, draw(st.integers(0, num_rows)))
+
+
+@st.composite
+def train_begins(draw: st.DrawFn) -> TrainBegin:
+    batch = tuple(draw(st.lists(sequences(), min_size=1, max_size=16)))
+    rows = st.just(sum(sequence.num_rows for sequence in batch))
+    return TrainBegin(
+        draw(ids),
+        draw(ids),
+        batch,
+        draw(st.booleans()),
+        draw(payloads(rows)),
+        draw(st.none() | payloads(rows)),
+    )
+
+
 messages: st.SearchStrategy[Message] = st.one_of(
     hellos(),
     st.builds(
@@ -143,7 +204,8 @@ messages: st.SearchStrategy[Message] = st.one_of(
         session_id=st.none() | ids,
         details=st.dictionaries(names(64), texts, max_size=16),
     ),
-    st.builds(OpenSession, ids, positive_uint32, codecs, codecs),
+    st.builds(OpenSession, ids, positive_uint32, codecs, codecs, st.none() | tokens),
+    st.builds(OpenSession, ids, positive_uint32, codecs, codecs, training=st.just(True)),
     st.builds(SessionOpened, ids, positive_uint32),
     st.builds(CloseSession, ids),
     st.builds(SessionClosed, ids),
@@ -153,4 +215,12 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(ExchangeRequest, ids, ids, uint32, payloads(any_rows)),
     st.builds(ExchangeReply, ids, ids, uint32, payloads(any_rows)),
     st.builds(StepEnd, ids, ids, payloads(any_rows)),
+    train_begins(),
+    st.builds(BackwardBegin, ids, ids, payloads(any_rows)),
+    st.builds(GradientRequest, ids, ids, uint32, payloads(any_rows)),
+    st.builds(GradientReply, ids, ids, uint32, payloads(any_rows)),
+    st.builds(
+        BackwardEnd, ids, ids, st.none() | payloads(any_rows), st.none() | payloads(any_rows)
+    ),
+    st.builds(DropStep, ids, ids),
 )

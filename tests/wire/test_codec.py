@@ -19,6 +19,7 @@ from privatelora.runtime.wire.codec import decode, encode
 from privatelora.runtime.wire.messages import (
     PROTOCOL_VERSION,
     CloseSession,
+    DropStep,
     ErrorCode,
     ErrorReply,
     ExchangeRequest,
@@ -38,35 +39,21 @@ from privatelora.runtime.wire.messages import (
 from privatelora.runtime.wire.prelude import TYPES, WireLimits
 from tests.wire.samples import (
     EDGE_HELLO,
+    LIMITS,
     SAMPLES,
     content_of,
     frame_of,
     messages,
+    outcome,
     payload,
     sealed,
 )
 
 MSGPACK: Any = msgpack  # ships without annotations
-LIMITS = WireLimits()
 EXCHANGE = ExchangeRequest(7, 9, 3, payload(2, 6))
 BEGIN = StepBegin(7, 9, 12, OutputRows.LAST, payload(2, 3), payload(2, 4))
 
 each_sample = pytest.mark.parametrize("message", SAMPLES, ids=lambda m: type(m).__name__)
-
-
-def outcome(content: bytes | bytearray) -> Message | RemoteProtocolError | VersionMismatch:
-    """What decoding gives of a frame with the checksum of this content.
-
-    Any other exception fails the test.
-    """
-    try:
-        return decode(sealed(content), LIMITS)
-    except (RemoteProtocolError, VersionMismatch) as error:
-        reason = str(error)
-        assert reason
-        assert len(reason.splitlines()) == 1
-        assert len(reason) < 400
-        return error
 
 
 def control_frame(kind: type[Message], header: bytes) -> bytes:
@@ -266,7 +253,10 @@ values = st.recursive(
     max_leaves=10,
 )
 control_kinds = st.sampled_from(
-    [Hello, ErrorReply, OpenSession, SessionOpened, CloseSession, SessionClosed, Ping, Pong]
+    [
+        *(Hello, ErrorReply, OpenSession, SessionOpened, CloseSession, SessionClosed, Ping, Pong),
+        DropStep,
+    ]
 )
 
 
@@ -280,7 +270,8 @@ HELLO_FIELDS: list[object] = [
     *("edge", "p", "a" * 64, "b" * 64, "c" * 64, ["fp16"], 2**20, 0, 0, [], "s3cr3t"),
 ]
 ERROR_FIELDS: list[object] = ["request", "no", 3, {"key": "value"}]
-OPEN_FIELDS: list[object] = [7, 4096, "bf16", "fp16", "r3sume"]
+OPEN_FIELDS: list[object] = [7, 4096, "bf16", "fp16", "r3sume", False]
+TRAINING_FIELDS: list[object] = [7, 4096, "bf16", "fp16", None, True]
 
 
 WRONG_FIELDS: list[tuple[type[Message], list[object], int, Iterable[object]]] = [
@@ -307,6 +298,10 @@ WRONG_FIELDS: list[tuple[type[Message], list[object], int, Iterable[object]]] = 
     (OpenSession, OPEN_FIELDS, 2, ["", "fp 16", 16, None, "fp16\0"]),
     (OpenSession, OPEN_FIELDS, 3, ["x" * 17, b"fp16"]),
     (OpenSession, OPEN_FIELDS, 4, ["", "a b", 1, False, "x" * 257]),
+    (OpenSession, OPEN_FIELDS, 5, [0, 1, None, "false", [], True]),  # which resumes nothing
+    (OpenSession, TRAINING_FIELDS, 1, [0, 2**32]),
+    (OpenSession, TRAINING_FIELDS, 4, ["r3sume"]),
+    (OpenSession, TRAINING_FIELDS, 5, [1, 2, "true", b"true"]),
     (SessionOpened, [7, 1, 0, None], 1, [0, -5, True]),
     (SessionOpened, [7, 12, 12, "r3sume"], 2, [13, -1, None, 1.0]),
     (SessionOpened, [7, 12, 12, "r3sume"], 3, ["", "a b", 7, "x" * 257]),
@@ -314,6 +309,8 @@ WRONG_FIELDS: list[tuple[type[Message], list[object], int, Iterable[object]]] = 
     (SessionClosed, [7], 0, [2**53, None, MSGPACK.Timestamp(7)]),
     (Ping, [7], 0, [2**53, -1, None, 1.0]),
     (Pong, [7], 0, [2**53, -1, True]),
+    (DropStep, [7, 9], 0, [2**53, -1, True, None, "7"]),
+    (DropStep, [7, 9], 1, [2**53, -1, False, None, 9.0]),
 ]
 
 
@@ -338,7 +335,12 @@ def test_a_wrong_field_is_refused(
 
 @pytest.mark.parametrize(
     ("kind", "fields"),
-    [(Hello, HELLO_FIELDS), (ErrorReply, ERROR_FIELDS), (OpenSession, OPEN_FIELDS)],
+    [
+        (Hello, HELLO_FIELDS),
+        (ErrorReply, ERROR_FIELDS),
+        (OpenSession, OPEN_FIELDS),
+        (DropStep, [7, 9]),
+    ],
 )
 def test_a_wrong_number_of_fields_is_refused(kind: type[Message], fields: list[object]) -> None:
     for wrong in (fields[:-1], [*fields, 0], [], {"fields": fields}, "fields", None):
@@ -501,6 +503,9 @@ FLOATS: Any = memoryview(bytes(8)).cast("f")
         OpenSession(2**53, 1, "fp16", "fp16"),
         OpenSession(1, 0, "fp16", "fp16"),
         OpenSession(1, 1, "a codec", "fp16"),
+        OpenSession(1, 1, "fp16", "fp16", "r3sume", training=True),
+        DropStep(2**53, 0),
+        DropStep(0, -1),
         CloseSession(-1),
         ExchangeRequest(2**53, 0, 0, payload()),
         ExchangeRequest(0, -1, 0, payload()),

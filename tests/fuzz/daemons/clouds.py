@@ -54,9 +54,13 @@ class CloudTarget(Target):
         self._case = next(case for case in CASES if case.name == case_name)
         self._keyring: Keyring = self._case.keyring()
         speaker = Speaker(deployment.cloud_shard)
-        self._conversations: tuple[Conversation, ...] = tuple(speaker.conversations())
+        conversations = tuple(speaker.conversations())
+        self._conversations: tuple[Conversation, ...] = (
+            *conversations,
+            *speaker.training_conversations(),
+        )
         self._frames = FrameInputs(self._connect, self._conversations)
-        self._resumptions = Resumptions(self._connect, self._conversations)
+        self._resumptions = Resumptions(self._connect, conversations)
         self._running: Process | None = None
 
     async def start(self) -> None:

@@ -14,11 +14,15 @@ from privatelora.runtime.payload.codec import CODEC_NAMES
 from privatelora.runtime.tensors import pack
 from privatelora.runtime.wire.codec import encode
 from privatelora.runtime.wire.messages import (
+    BackwardBegin,
+    BatchSequence,
     CloseSession,
+    DropStep,
     ErrorCode,
     ErrorReply,
     ExchangeReply,
     Fingerprints,
+    GradientReply,
     Hello,
     Message,
     OpenSession,
@@ -27,6 +31,7 @@ from privatelora.runtime.wire.messages import (
     Role,
     StepBegin,
     TensorPayload,
+    TrainBegin,
 )
 
 MAX_POSITIONS = 64
@@ -63,6 +68,7 @@ class Speaker:
     def __post_init__(self) -> None:
         manifest = open_shard(self.shard, "cloud").manifest
         plan = manifest.plan
+        self._z_size = plan.z_size
         self._hidden_size = manifest.config.hidden_size
         self._opening_size = len(plan.opening_layers) * plan.y_size
         self._points = [
@@ -79,6 +85,11 @@ class Speaker:
         """One in each codec: steps one by one and two at a time, two sessions, questions."""
         for codec in CODEC_NAMES:
             yield self._conversation(codec)
+
+    def training_conversations(self) -> Iterator[Conversation]:
+        """One in each codec: steps that go back, that do not, two at a time, and one dropped."""
+        for codec in CODEC_NAMES:
+            yield self._training_conversation(codec)
 
     def _conversation(self, codec: str) -> Conversation:
         def begin(session: int, step: int, position: int, rows: int, wanted: OutputRows) -> Message:
@@ -105,12 +116,32 @@ class Speaker:
             Turn((GOODBYE,), 0),
         )
 
+    def _training_conversation(self, codec: str) -> Conversation:
+        def train(step: int, *sequences: tuple[int, int], backward: bool = True) -> Message:
+            batch = tuple(BatchSequence(*sequence) for sequence in sequences)
+            rows = sum(sequence.num_rows for sequence in batch)
+            return TrainBegin(1, step, batch, backward, *self._inputs(rows, codec))
+
+        return (
+            Turn((self.hello(),), 1),
+            Turn((OpenSession(1, MAX_POSITIONS, codec, codec, training=True),), 1),
+            *self._steps(codec, train(0, (4, 2), (2, 0), (1, 1))),
+            *self._backward(codec, 0, num_rows=7, num_output_rows=3),
+            *self._steps(codec, train(1, (3, 1)), train(2, (2, 2), backward=False)),
+            Turn((DropStep(1, 1), train(3, (1, 1))), 1),
+            Turn((CloseSession(1),), 1),
+            Turn((GOODBYE,), 0),
+        )
+
     def _begin(
         self, session: int, step: int, position: int, rows: int, wanted: OutputRows, codec: str
     ) -> StepBegin:
+        return StepBegin(session, step, position, wanted, *self._inputs(rows, codec))
+
+    def _inputs(self, rows: int, codec: str) -> tuple[TensorPayload, TensorPayload | None]:
+        """Hidden states and opening."""
         opening = self._tensor(rows, self._opening_size, codec) if self._opening_size else None
-        hidden_states = self._tensor(rows, self._hidden_size, codec)
-        return StepBegin(session, step, position, wanted, hidden_states, opening)
+        return self._tensor(rows, self._hidden_size, codec), opening
 
     def _steps(self, codec: str, *begins: Message) -> Iterator[Turn]:
         """Steps that go on at the same time, point by point."""
@@ -118,10 +149,20 @@ class Speaker:
         for index, size in self._points:
             replies: list[Message] = []
             for begin in begins:
-                assert isinstance(begin, StepBegin)
+                assert isinstance(begin, StepBegin | TrainBegin)
                 y = self._tensor(begin.hidden_states.shape[0], size, codec)
                 replies.append(ExchangeReply(begin.session_id, begin.step_id, index, y))
             yield Turn(tuple(replies), len(replies))
+
+    def _backward(
+        self, codec: str, step: int, *, num_rows: int, num_output_rows: int
+    ) -> Iterator[Turn]:
+        """The way back of a training step, point by point."""
+        gradient = self._tensor(num_output_rows, self._hidden_size, codec)
+        yield Turn((BackwardBegin(1, step, gradient),), 1)
+        for index, _ in reversed(self._points):
+            of_z = self._tensor(num_rows, self._z_size, codec)
+            yield Turn((GradientReply(1, step, index, of_z),), 1)
 
     def _tensor(self, rows: int, features: int, codec: str) -> TensorPayload:
         return pack(0.3 * torch.randn(rows, features, generator=self._generator), codec)

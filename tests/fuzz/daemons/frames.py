@@ -17,6 +17,7 @@ from privatelora.errors import (
 )
 from privatelora.runtime.wire.codec import decode
 from privatelora.runtime.wire.messages import (
+    BatchSequence,
     CloseSession,
     ErrorReply,
     Message,
@@ -24,6 +25,7 @@ from privatelora.runtime.wire.messages import (
     Ping,
     StepBegin,
     TensorPayload,
+    TrainBegin,
 )
 from privatelora.runtime.wire.prelude import WireLimits
 from privatelora.transports.base import Connection
@@ -238,10 +240,14 @@ def _spoilt_tensor(rng: Random, tensor: TensorPayload) -> dict[str, object]:
     )
 
 
+def _first_step(conversation: Conversation) -> StepBegin | TrainBegin:
+    messages = (message for turn in conversation for message in turn.messages)
+    return next(message for message in messages if isinstance(message, StepBegin | TrainBegin))
+
+
 def _large(rng: Random, conversation: Conversation) -> bytes:
     """A step of more rows than there is room for, or just as many."""
-    steps = (message for turn in conversation for message in turn.messages)
-    step = next(message for message in steps if isinstance(message, StepBegin))
+    step = _first_step(conversation)
     rows = pick(rng, _NUM_LARGE_ROWS)
 
     def grown(tensor: TensorPayload | None) -> TensorPayload | None:
@@ -252,17 +258,24 @@ def _large(rng: Random, conversation: Conversation) -> bytes:
 
     hidden_states = grown(step.hidden_states)
     assert hidden_states is not None
-    return to_frame(
-        dataclasses.replace(
-            step, step_id=9, hidden_states=hidden_states, opening=grown(step.opening)
-        )
+    large = dataclasses.replace(
+        step, step_id=9, hidden_states=hidden_states, opening=grown(step.opening)
     )
+    if isinstance(large, TrainBegin):
+        large = dataclasses.replace(large, sequences=_batch(rng, rows))
+    return to_frame(large)
+
+
+def _batch(rng: Random, rows: int) -> tuple[BatchSequence, ...]:
+    """All rows in one sequence, or each in its own."""
+    num_rows = pick(rng, (1, rows))
+    return (BatchSequence(num_rows, below(rng, num_rows + 1)),) * (rows // num_rows)
 
 
 def _flood(rng: Random, conversation: Conversation) -> list[bytes]:
     """More of something than may wait for an answer."""
     number = pick(rng, _NUM_FLOOD)
-    way = below(rng, 4)
+    way = below(rng, 5)
     if way == 0:
         return [to_frame(Ping(100 + i)) for i in range(number)]
     if way == 1:
@@ -270,11 +283,12 @@ def _flood(rng: Random, conversation: Conversation) -> list[bytes]:
             to_frame(OpenSession(100 + i, MAX_POSITIONS, "fp16", "fp16")) for i in range(number)
         ]
     if way == 2:
-        messages = (message for turn in conversation for message in turn.messages)
-        step = next(message for message in messages if isinstance(message, StepBegin))
+        step = _first_step(conversation)
         return [to_frame(dataclasses.replace(step, step_id=50 + i)) for i in range(min(number, 70))]
+    trains = way == 3
     frames = []
     for i in range(number):
-        frames.append(to_frame(OpenSession(100 + i, MAX_POSITIONS, "fp16", "fp16")))
+        opening = OpenSession(100 + i, MAX_POSITIONS, "fp16", "fp16", training=trains)
+        frames.append(to_frame(opening))
         frames.append(to_frame(CloseSession(100 + i)))
     return frames

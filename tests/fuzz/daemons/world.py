@@ -26,6 +26,7 @@ CLOUD_LIMITS: dict[str, Any] = {
     "max_waiting": 1024,
     "max_cached_positions": 16384,
     "resume_timeout_s": 0.5,
+    "training": {"max_sessions": 1024},
 }
 """All peers here are one client, which must not use up what the others need; and all the memory of
 the caches is soon in use, and none is added to it."""
