@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from privatelora.errors import ConfigError, PrivateLoRAError, TrainingError
 from privatelora.partition.files import PRIVATE_MODE, os_errors, write_atomic
@@ -248,8 +249,13 @@ def _training_arguments(arguments: dict[str, Any]) -> TrainingArguments:
 
 def _last_checkpoint(out: Path, resume: bool) -> str | None:
     folder = out / CHECKPOINTS_DIR
-    find = cast(Callable[[str], str | None], get_last_checkpoint)
-    found = find(str(folder)) if folder.is_dir() else None
+    # The state comes last: a checkpoint without it was cut off while it was written.
+    whole = [
+        state.parent
+        for state in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
+        if state.parent.name.rpartition("-")[2].isdecimal()
+    ]
+    found = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     if resume and found is None:
         raise ConfigError(f"{folder} holds no checkpoint to go on from; leave out --resume")
     if found is not None and not resume:
@@ -257,7 +263,7 @@ def _last_checkpoint(out: Path, resume: bool) -> str | None:
             f"{folder} holds checkpoints of another run; add --resume to go on from the last, or "
             "choose another out"
         )
-    return found
+    return None if found is None else str(found)
 
 
 def _add_harness(trainer: AnswerTrainer, config: TrainConfig, prepared: Prepared) -> None:

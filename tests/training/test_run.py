@@ -100,6 +100,17 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(
     assert not again.results["stopped_early"]
 
 
+def test_a_checkpoint_that_was_cut_off_is_passed_over(write: Write) -> None:
+    path = write()
+    run(path)
+    checkpoints = path.parent / "out-run" / "checkpoints"
+    (checkpoints / "checkpoint-6" / "trainer_state.json").unlink()
+    again = run(path, resume=True)
+    steps = [entry["step"] for entry in again.results["log"] if "loss" in entry]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert (checkpoints / "checkpoint-6" / "trainer_state.json").exists()
+
+
 def _stop_after(num_steps: int) -> Callable[..., None]:
     """Somebody presses Ctrl-C in this step."""
 
