@@ -156,7 +156,7 @@ def test_questions_that_are_trained_on_are_no_silent_measure(
     write: Write, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = {"kind": "jsonl", "path": "data.jsonl"}
-    run(write(data={"train": [source], "evaluate": {"own": [source]}, "render": "text"}))
+    run(write(data={"train": [source], "evaluate": {"own": [dict(source)]}, "render": "text"}))
     assert "10 of the 10 questions of evaluate: own are trained on word for word" in caplog.text
 
 
