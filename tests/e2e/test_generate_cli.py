@@ -132,6 +132,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "keys token": (MAIN, "keys", "token"),
     "config check": (MAIN, "config", "check"),
     "config schema": (MAIN, "config", "schema"),
+    "plan": (MAIN, "plan"),
     "status": (MAIN, "status"),
     "bench overhead": (BENCH, "overhead"),
     "bench scheduling": (BENCH, "scheduling"),
@@ -144,6 +145,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "bench http": (BENCH, "http"),
     "bench emulator": (BENCH, "emulator"),
     "bench arrangements": (BENCH, "arrangements"),
+    "bench training": (BENCH, "training"),
+    "bench predict": (BENCH, "predict"),
     "train": (TRAIN,),
 }
 
