@@ -1,9 +1,9 @@
 """How much quality do few round trips cost? The same training for every arrangement and method.
 
-Every row of the table starts from the same model and learns two tasks at once, one of reasoning
-and one of private facts, from the same examples in the same order, held back from forgetting in
-the same way, with the learning rate that did best for it in a short run. A row that is measured is
-written down, so that a run that was cut off goes on with the next.
+Method. Every row of the table starts from the same model and learns two tasks at once, one of
+reasoning and one of private facts, from the same examples in the same order, held back from
+forgetting in the same way, with the learning rate that did best for it in a short run. A row that
+is measured is written down, so that a run that was cut off goes on with the next.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from privatelora.benchmarks.arrangement_rows import (
     Row,
+    WireCost,
     predicted_tokens_per_s,
     table_rows,
     wire_cost,
@@ -250,22 +251,31 @@ def measure_arrangements(settings: ArrangementSettings, report: Report) -> dict[
     bench = Bench(settings, report)
     rows = _chosen(table_rows(bench.base.config.num_layers), settings.rows)
     shared = _shared(bench)
-    measured = []
+    measured: list[list[dict[str, Any]]] = []
     for number, row in enumerate(rows):
         file = settings.directory / f"{row.name}.json"
         if file.is_file():
             measured.append(json.loads(file.read_text()))
             continue
         label = f"row {number + 1} of {len(rows)}, {row.name}"
-        measured.append(_measure(bench, row, label, shared["compute_s"]))
+        measured.append(_measure(bench, row, label))
         write_atomic(file, json.dumps(measured[-1], indent=2).encode())
     return {
+        "benchmark": "arrangements",
+        "method": __doc__,
         "settings": settings.fingerprint(),
         "link": {"rtt_ms": RTT_MS, "mbps": MBPS},
         "machine": machine_facts(),
         **shared,
-        "rows": [entry for one in measured for entry in one],
+        "rows": [_with_prediction(entry, shared["compute_s"]) for one in measured for entry in one],
     }
+
+
+def _with_prediction(entry: dict[str, Any], compute_s: float) -> dict[str, Any]:
+    """What a row sends is kept with it; how fast a token is computed belongs to all rows."""
+    cost = WireCost(entry["round_trips_per_token"], entry["bytes_per_token"])
+    rate = predicted_tokens_per_s(cost, compute_s, RTT_MS, MBPS)
+    return {**entry, "predicted_tokens_per_s": rate}
 
 
 def _chosen(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
@@ -295,7 +305,7 @@ def _shared(bench: Bench) -> dict[str, Any]:
     return shared
 
 
-def _measure(bench: Bench, row: Row, label: str, compute_s: float) -> list[dict[str, Any]]:
+def _measure(bench: Bench, row: Row, label: str) -> list[dict[str, Any]]:
     """Train one row, and ask it."""
     settings = bench.settings
     rate, num_parameters = None, 0
@@ -335,7 +345,6 @@ def _measure(bench: Bench, row: Row, label: str, compute_s: float) -> list[dict[
                 "trainable_parameters": num_parameters,
                 "round_trips_per_token": cost.round_trips,
                 "bytes_per_token": cost.nbytes,
-                "predicted_tokens_per_s": predicted_tokens_per_s(cost, compute_s, RTT_MS, MBPS),
                 "learning_rate": rate,
                 "steps": settings.steps if row.method is not None else 0,
             }

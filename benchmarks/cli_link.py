@@ -70,6 +70,12 @@ def emulator(
         "0,1,5,20,80,200"
     ),
     mbps: Annotated[str, typer.Option(help="Bandwidths to set.")] = "0.5,2,10,50,100,1000",
+    kernel: Annotated[
+        bool,
+        typer.Option(
+            "--kernel", help="Beside links that the kernel shapes, in namespaces; needs root."
+        ),
+    ] = False,
     json_file: JsonOption = None,
 ) -> None:
     """Check impaired connections: the delay and bandwidth measured against those set."""
@@ -79,6 +85,8 @@ def emulator(
     check_writable(json_file)
     delays, bandwidths = numbers("--rtt-ms", rtts_ms), numbers("--mbps", mbps)
     with working() as (directory, report):
-        settings = EmulatorSettings(delays, bandwidths, directory)
+        settings = EmulatorSettings(delays, bandwidths, directory, kernel)
         result = measure_emulator(settings, report)
+    for name, reason in result.get("missing", {}).items():
+        Console(stderr=True).print(f"the kernel's {name} are left out: {reason}")
     finish(result, emulator_table(result), json_file)

@@ -129,6 +129,7 @@ def predict(
             scenarios.append((f"{label(plan)}, {name}", scenario))
     result = {
         "benchmark": "predict",
+        "method": __doc__,
         "model": shape.name,
         "cloud": at_cloud.as_json(),
         "edge": at_edge.as_json(),

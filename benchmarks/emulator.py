@@ -4,6 +4,9 @@ Method. Another process echoes over TCP on the loopback interface; this end wrap
 in ``impaired``. For every round trip time half of it is set in each direction, and round trips of
 small frames are timed. For every bandwidth it is set in one direction, the other is unlimited,
 and frames are sent for a second or two, the time running from the first echo to the last.
+
+With ``kernel`` the same is measured once more with nothing emulated, over a link between two
+network namespaces that the kernel shapes (``kernel_link.py``). What this kernel cannot do is said.
 """
 
 from __future__ import annotations
@@ -18,8 +21,15 @@ from typing import Any
 
 import yaml
 
+from privatelora.benchmarks.kernel_link import (
+    FAR_ADDRESS,
+    PAYLOAD_SHARE,
+    KernelLink,
+    kernel_link,
+)
 from privatelora.benchmarks.measure import machine_facts
 from privatelora.cli._daemons import Daemon
+from privatelora.errors import ConfigError
 from privatelora.runtime.loop import run
 from privatelora.transports.base import Connection, Limits
 from privatelora.transports.emulated_link import Impairment
@@ -41,6 +51,7 @@ class EmulatorSettings:
     rtts_ms: tuple[float, ...]
     bandwidths_mbps: tuple[float, ...]
     directory: Path
+    kernel: bool = False
 
     def __post_init__(self) -> None:
         for rtt_ms in self.rtts_ms:
@@ -61,11 +72,61 @@ def measure_emulator(settings: EmulatorSettings, report: Report) -> dict[str, An
         rtts, bandwidths = run(_measure(settings, address, report))
     return {
         "benchmark": "emulator",
+        "method": __doc__,
         "machine": machine_facts(),
         "frame_nbytes": SMALL_NBYTES,
         "rtt_rows": rtts,
         "bandwidth_rows": bandwidths,
+        **(_measure_kernel(settings, report) if settings.kernel else {}),
     }
+
+
+def _measure_kernel(settings: EmulatorSettings, report: Report) -> dict[str, Any]:
+    """The same settings over links that the kernel shapes; what cannot be had by why."""
+    missing: dict[str, str] = {}
+    rtts, bandwidths = [], []
+    try:
+        for rtt_ms in filter(None, settings.rtts_ms):
+            report(f"the kernel's round trips of {rtt_ms:g} ms")
+            with kernel_link(delay_ms=rtt_ms / 2) as link:
+                measured = _over(link, settings, 0)["rtt_ms"]
+            rtts.append({"set_rtt_ms": rtt_ms, "kernel_rtt_ms": measured})
+    except ConfigError as error:
+        missing["round trips"] = str(error)
+    try:
+        for mbps in settings.bandwidths_mbps:
+            report(f"the kernel's {mbps:g} Mbps")
+            with kernel_link(mbps=mbps) as link:
+                measured = _over(link, settings, mbps)["mbps"]
+            bandwidths.append(
+                {
+                    "set_mbps": mbps,
+                    "kernel_mbps": measured,
+                    "kernel_ratio": measured / (mbps * PAYLOAD_SHARE),
+                }
+            )
+    except ConfigError as error:
+        missing["bandwidth"] = str(error)
+    return {
+        "kernel_rtt_rows": rtts,
+        "kernel_bandwidth_rows": bandwidths,
+        "missing": missing,
+    }
+
+
+def _over(link: KernelLink, settings: EmulatorSettings, mbps: float) -> dict[str, float]:
+    """Measure from one end of a link to the other."""
+    config = settings.directory / "kernel-echo.yaml"
+    listeners = {"tcp": {"address": f"tcp://{FAR_ADDRESS}:0"}}
+    config.write_text(
+        yaml.safe_dump({"listeners": listeners, "bare": [], "spin_s": None, "processor": None})
+    )
+    with Daemon("privatelora.benchmarks.echo", config, within=link.far) as server:
+        address = server.read_event("ready")["addresses"]["tcp"]
+        with Daemon(
+            "privatelora.benchmarks.kernel_client", address, str(mbps), within=link.near
+        ) as client:
+            return client.read_event("measured")
 
 
 async def _measure(
@@ -75,7 +136,7 @@ async def _measure(
     for rtt_ms in settings.rtts_ms:
         report(f"round trips of {rtt_ms:g} ms")
         half = Impairment(delay_ms=rtt_ms / 2)
-        times = await _round_trips(await _connect(address, half, half))
+        times = await round_trips(await _connect(address, half, half))
         rtts.append(
             {
                 "set_rtt_ms": rtt_ms,
@@ -90,7 +151,7 @@ async def _measure(
             report(f"{mbps:g} Mbps {direction}")
             slow, free = Impairment(bandwidth_mbps=mbps), Impairment()
             up, down = (slow, free) if direction == "up" else (free, slow)
-            measured = await _bandwidth(await _connect(address, up, down), mbps)
+            measured = await bandwidth(await _connect(address, up, down), mbps)
             bandwidths.append(
                 {
                     "set_mbps": mbps,
@@ -107,8 +168,8 @@ async def _connect(address: str, up: Impairment, down: Impairment) -> Connection
     return impaired(await connect(address, limits), limits, send=up, receive=down, seed=1)
 
 
-async def _round_trips(connection: Connection) -> list[float]:
-    """Times in milliseconds, ascending."""
+async def round_trips(connection: Connection) -> list[float]:
+    """Times of small frames in milliseconds, ascending; closes the connection."""
     frame = os.urandom(SMALL_NBYTES)
     times: list[float] = []
     end = time.perf_counter() + ROUND_TRIPS_S
@@ -121,8 +182,8 @@ async def _round_trips(connection: Connection) -> list[float]:
     return sorted(times)
 
 
-async def _bandwidth(connection: Connection, mbps: float) -> float:
-    """Million bits of payload per second that came back."""
+async def bandwidth(connection: Connection, mbps: float) -> float:
+    """Million bits of payload per second that came back; closes the connection."""
     total_nbytes = mbps * 1e6 / 8 * TRANSFER_S
     frame = os.urandom(max(256, min(256 * 1024, int(total_nbytes / MIN_FRAMES))))
     count = max(MIN_FRAMES, int(total_nbytes / len(frame)))

@@ -62,6 +62,7 @@ def measure_http(settings: HttpSettings, report: Report) -> dict[str, Any]:
         ]
     return {
         "benchmark": "http",
+        "method": __doc__,
         "machine": machine_facts(),
         "settings": {
             **settings.serving.deployment,

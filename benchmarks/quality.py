@@ -99,6 +99,7 @@ def measure_quality(settings: QualitySettings, report: Report) -> dict[str, Any]
     base, rows = run(_measure(settings, report))
     return {
         "benchmark": "quality",
+        "method": __doc__,
         "machine": machine_facts(),
         "settings": {
             "model": settings.model,

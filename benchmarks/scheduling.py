@@ -68,6 +68,7 @@ def measure_scheduling(settings: SchedulingSettings, report: Report) -> dict[str
     report("cost of scheduling")
     return {
         "benchmark": "scheduling",
+        "method": __doc__,
         "machine": machine_facts(),
         "settings": {**asdict(settings), "costs": asdict(Costs())},
         "rows": rows,

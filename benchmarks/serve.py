@@ -98,6 +98,7 @@ def measure_serving(settings: ServeSettings, report: Report) -> dict[str, Any]:
                         rows.append(place | figures)
     return {
         "benchmark": "serve",
+        "method": __doc__,
         "machine": machine_facts(),
         "settings": {
             **settings.deployment,

@@ -247,6 +247,22 @@ def emulator_table(result: dict[str, Any]) -> Table:
             "",
             f"{row['ratio'] - 1:+.1%}",
         )
+    if "kernel_rtt_rows" in result:
+        table.add_section()
+    for row in result.get("kernel_rtt_rows", ()):
+        table.add_row(
+            f"{row['set_rtt_ms']:g} ms, kernel",
+            f"{row['kernel_rtt_ms']:.2f} ms",
+            "",
+            f"{row['kernel_rtt_ms'] - row['set_rtt_ms']:+.2f} ms",
+        )
+    for row in result.get("kernel_bandwidth_rows", ()):
+        table.add_row(
+            f"{row['set_mbps']:g} Mbps, kernel",
+            f"{row['kernel_mbps']:.4g} Mbps",
+            "",
+            f"{row['kernel_ratio'] - 1:+.1%} of its payload",
+        )
     return table
 
 

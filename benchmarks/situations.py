@@ -63,6 +63,7 @@ def measure_situations(settings: ServeSettings, report: Report) -> dict[str, Any
     flood = _flood(settings, report)
     return {
         "benchmark": "situations",
+        "method": __doc__,
         "machine": machine_facts(),
         "settings": settings.deployment,
         "round_trips_per_token": round_trips,

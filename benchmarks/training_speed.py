@@ -97,6 +97,7 @@ def measure_training_speed(settings: TrainingSpeedSettings, report: Report) -> d
                 one.rates.append(_train(settings, one, request))
     return {
         "benchmark": "training",
+        "method": __doc__,
         "machine": machine_facts(),
         "settings": {
             "model": settings.model,

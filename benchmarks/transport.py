@@ -103,6 +103,7 @@ def measure_transports(settings: TransportSettings, report: Report) -> dict[str,
     order = [*settings.transports, *bare_echoes(settings)]
     return {
         "benchmark": "transport",
+        "method": __doc__,
         "machine": machine_facts(),
         "settings": {
             "rounds": settings.rounds,

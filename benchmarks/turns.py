@@ -46,6 +46,7 @@ def measure_turns(settings: TurnsSettings, report: Report) -> dict[str, Any]:
         ]
     return {
         "benchmark": "turns",
+        "method": __doc__,
         "machine": machine_facts(),
         "settings": {
             **settings.serving.deployment,

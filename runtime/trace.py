@@ -60,15 +60,18 @@ class Trace:
     def write(self) -> None:
         """Write the file. Raises ConfigError if it cannot be written any more."""
         try:
-            self._path.write_text(json.dumps({"traceEvents": self._events()}))
+            self._path.write_text(json.dumps(self._document()))
         except OSError as error:
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> ConfigError:
         return ConfigError(f"cannot write the trace {self._path}: {error.strerror}")
 
-    def _events(self) -> list[Event]:
-        """Names first, then by time; the first event is at 0."""
+    def _document(self) -> dict[str, Any]:
+        """Names first, then events by time; the first is at 0.
+
+        ``clock_s``: when that was by the monotonic clock of this machine, for what else is timed.
+        """
         names = [_name(0, "engine")]
         events = [
             _event(
@@ -92,7 +95,7 @@ class Trace:
         origin = events[0]["ts"] if events else 0
         for event in events:
             event["ts"] = (event["ts"] - origin) / 1e3
-        return names + events
+        return {"traceEvents": names + events, "otherData": {"clock_s": origin / 1e9}}
 
     def _spans_of_steps(self) -> dict[StepKey, list[_Span]]:
         """What happened to each step, in order."""

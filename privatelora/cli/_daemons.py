@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -33,11 +33,15 @@ class Daemon:
         *arguments: Path | str,
         environment: Mapping[str, str] | None = None,
         log: IO[str] | None = None,
+        within: Sequence[str] = (),
     ) -> None:
-        """Start ``python -m module arguments``, ``environment`` added to this one's."""
+        """Start ``python -m module arguments``, ``environment`` added to this one's.
+
+        ``within``: a command that runs it somewhere else, such as in a network namespace.
+        """
         self._name = module.rpartition(".")[2]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *map(str, arguments)],
+            [*within, sys.executable, "-m", module, *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.e2e.processes import BENCH, Commands
 from tests.partition.tiny import save_tiny
@@ -235,3 +236,112 @@ def test_training(commands: Commands, tmp_path: Path) -> None:
     assert central["peak_memory_mib"].keys() == {"trainer"}
     assert split["peak_memory_mib"].keys() == {"trainer", "cloud"}
     assert (tmp_path / "plot.png").read_bytes().startswith(PNG)
+
+
+def test_sweep(commands: Commands, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    settings = {
+        "model": str(save_tiny("llama", tmp_path / "model", hidden_size=256)),
+        "out": "measured",
+        "dtype": "float32",
+        "links": {"near": "0ms", "far": "4ms,20/40mbps"},
+        "arrangements": {"per layer": {"rank_up": 8, "rank_down": 8}},
+        "payloads": {"fp16": "fp16"},
+        "sessions": [1, 2],
+        "baselines": ["text", "published"],
+        "rounds": 2,
+        "tokens": 8,
+    }
+    file.write_text(yaml.safe_dump(settings, sort_keys=False))
+    content = result(commands, tmp_path, "sweep", file, "--plot", tmp_path / "plot.png")
+    rows = {(row["link"], row.get("baseline"), row["sessions"]): row for row in content["rows"]}
+    links = ("near", "far")
+    ours = {(link, None, sessions) for link in links for sessions in (1, 2)}
+    others = {(link, baseline, 1) for link in links for baseline in ("text", "published")}
+    assert set(rows) == ours | others
+    for key, row in rows.items():
+        assert row["rounds"] == 2
+        assert 0 < row["tokens_per_s"]["min"] <= row["tokens_per_s"]["max"]
+        if key in ours:
+            ratio = row["predicted_vs_measured"]
+            assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
+    # 4 layers and the way back, at 4 ms each.
+    for key in (("far", None, 1), ("far", "published", 1)):
+        assert rows[key]["tokens_per_s"]["max"] < 1 / (4 * 4e-3)
+    assert content["missing"] == {}
+    assert content["prediction"]["cases"] == len(ours)
+    assert content["method"].startswith("For every arrangement")
+    assert (tmp_path / "plot.png").read_bytes().startswith(PNG)
+
+    # What was measured is not measured again, whatever the rounds are cut off at.
+    kept = tmp_path / "measured" / "measured.jsonl"
+    lines = kept.read_text().splitlines(keepends=True)
+    again = result(commands, tmp_path, "sweep", file)
+    assert (kept.read_text().splitlines(keepends=True), again["rows"]) == (lines, content["rows"])
+    kept.write_text("".join(lines[:-3]) + lines[-3][:20])
+    resumed = result(commands, tmp_path, "sweep", file)
+    assert [row["rounds"] for row in resumed["rows"]] == [2] * len(rows)
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    first.write_text(json.dumps(content))
+    second.write_text(json.dumps(resumed))
+    compared = commands.run(BENCH, "compare", first, second, "--json").json
+    assert compared["figures"] >= 2 * len(rows)
+    shown = commands.run(BENCH, "compare", first, second)
+    assert "figures in both" in shown.out
+
+    file.write_text(yaml.safe_dump({**settings, "dtype": "bfloat16"}, sort_keys=False))
+    refused = commands.run(BENCH, "sweep", file)
+    assert refused.code == 1
+    assert "holds measurements with other settings (dtype)" in refused.err
+
+
+def test_a_baseline_that_is_not_installed_is_missing(commands: Commands, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    settings = {
+        "model": str(save_tiny("llama", tmp_path / "model", hidden_size=256)),
+        "out": "measured",
+        "links": {"near": "0ms"},
+        "arrangements": {"grouped": {"every": 2, "rank_up": 8, "rank_down": 8}},
+        "transports": ["shm"],
+        "baselines": ["transformers", "llama.cpp"],
+        "rounds": 1,
+        "tokens": 8,
+    }
+    file.write_text(yaml.safe_dump(settings))
+    content = result(commands, tmp_path, "sweep", file)
+    assert [row.get("baseline") for row in content["rows"]] == ["transformers", None]
+    assert all(row["tokens_per_s"]["min"] > 0 for row in content["rows"])
+    [reason] = content["missing"].values()
+    assert content["missing"].keys() == {"llama.cpp"}
+    assert "llama" in reason
+
+
+def test_profile(commands: Commands, tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "model", hidden_size=256)
+    content = result(
+        commands,
+        tmp_path,
+        *("profile", "--model", model, "--dtype", "float32", "--rtt-ms", "0,10"),
+        *("--tokens", 12, "--plot", tmp_path / "plot.png"),
+    )
+    near, far = content["rows"]
+    assert content["round_trips_per_token"] == 4
+    for row in content["rows"]:
+        assert row["num_tokens"] == 12 - 5
+        assert all(part >= 0 for part in row["parts_ms"].values())
+        assert row["parts_ms"]["cloud: layers"] > 0
+        assert row["parts_ms"]["edge: LM head"] > 0
+        assert row["example"]["edge"]
+        assert row["example"]["cloud"]
+    # The network is what was added, hardly anything else.
+    added = far["parts_ms"]["network"] - near["parts_ms"]["network"]
+    assert added > 0.5 * 4 * 10
+    assert far["token_ms"] >= 4 * 10
+    assert (tmp_path / "plot.png").read_bytes().startswith(PNG)
+
+
+def test_the_schema_of_results(commands: Commands) -> None:
+    shown = commands.run(BENCH, "schema")
+    assert {"benchmark", "machine", "settings", "rows"} <= json.loads(shown.out)[
+        "properties"
+    ].keys()

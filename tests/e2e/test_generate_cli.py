@@ -147,6 +147,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "bench arrangements": (BENCH, "arrangements"),
     "bench training": (BENCH, "training"),
     "bench predict": (BENCH, "predict"),
+    "bench sweep": (BENCH, "sweep"),
+    "bench profile": (BENCH, "profile"),
+    "bench compare": (BENCH, "compare"),
+    "bench schema": (BENCH, "schema"),
     "train": (TRAIN,),
 }
 
