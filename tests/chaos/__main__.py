@@ -14,9 +14,9 @@ from pathlib import Path
 from tests.chaos.campaign import NAMES, Campaign, Extent
 from tests.chaos.clients import DEADLINE_S, NUM_CLIENTS
 from tests.chaos.faults import KILLS, MEANINGS
-from tests.chaos.forker import Forker
 from tests.chaos.outcome import Outcome
 from tests.chaos.report import report
+from tests.e2e.forker import Forker
 
 _DESCRIPTION = f"""\
 Start privatelora-serve and privatelora-edge on a tiny model, let {NUM_CLIENTS} clients hold

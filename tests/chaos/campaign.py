@@ -11,13 +11,13 @@ from tests.chaos import in_process
 from tests.chaos.clients import Clients
 from tests.chaos.daemon import Daemon, EndedEarlyError
 from tests.chaos.faults import KILLS, plan
-from tests.chaos.forker import Forker
 from tests.chaos.growth import Watch, too_much
 from tests.chaos.outcome import Outcome, Record
 from tests.chaos.questions import Conversation, make_conversations
 from tests.chaos.setups import TRANSPORTS, Transport
 from tests.chaos.world import MAX_POSITIONS, World
 from tests.e2e.deployment import Deployment, tiny_deployment
+from tests.e2e.forker import Forker
 
 IN_PROCESS = "inproc"
 NAMES = (*(transport.name for transport in TRANSPORTS), IN_PROCESS)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.chaos.forker import Forker
+from tests.e2e.forker import Forker
 
 START_PATIENCE_S = 60.0
 

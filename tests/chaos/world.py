@@ -15,12 +15,12 @@ from privatelora.runtime.config import CloudConfig, EdgeConfig
 from tests.chaos.clients import RECONNECT_TIMEOUT_S, AskAgainError, LostError
 from tests.chaos.daemon import Daemon, EndedEarlyError
 from tests.chaos.faults import Fault
-from tests.chaos.forker import Forker
 from tests.chaos.outcome import Record
 from tests.chaos.questions import Question
 from tests.chaos.relay import Spoiler
 from tests.chaos.setups import Setup
 from tests.e2e.deployment import Deployment
+from tests.e2e.forker import Forker
 from tests.e2e.processes import EDGE, SERVE
 from tests.transports.cases import free_tcp_port
 

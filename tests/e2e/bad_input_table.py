@@ -16,8 +16,7 @@ def main() -> None:
     print("|---|---|---|---|")
     with (
         tempfile.TemporaryDirectory() as directory,
-        Commands() as commands,
-        Bench(Path(directory), commands) as bench,
+        Bench(Path(directory), Commands()) as bench,
     ):
         for case in CASES:
             program, code, line = case.run(bench)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import queue
@@ -12,8 +14,9 @@ import tempfile
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Protocol, Self
 
+from tests.e2e.forker import MODULES, Forked, Forker, usual_environment
 from tests.partition.shards import Result
 
 SERVE = "privatelora.cli.serve"
@@ -28,16 +31,27 @@ PATIENCE_S = 60
 Event = dict[str, Any]
 
 
-def usual_environment() -> dict[str, str]:
-    """This process' environment for children: one thread each, no GPU, no network, no colours."""
-    changes = {
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "NO_COLOR": "1",
-        "COLUMNS": "100",
-    }
-    return {**os.environ, **changes}
+class Started(Protocol):
+    """What is used of ``subprocess.Popen``, which a forked program has too."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def stdin(self) -> IO[bytes] | None: ...
+    @property
+    def stdout(self) -> IO[bytes] | None: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def send_signal(self, number: signal.Signals) -> None: ...
+    def kill(self) -> None: ...
+
+
+@functools.cache
+def shared_forker() -> Forker:
+    """The one that every test of this run uses; ends with it."""
+    forker = Forker().__enter__()
+    atexit.register(forker.__exit__, None, None, None)
+    return forker
 
 
 class Process:
@@ -52,21 +66,28 @@ class Process:
         *arguments: object,
         environment: dict[str, str] | None = None,
         stderr: Path | None = None,
+        is_fresh: bool = False,
     ) -> None:
         """Start ``python -m module arguments``, with ``environment`` added to the usual one.
 
         ``stderr``: a file for its standard error, instead of one that can be read here.
+        ``is_fresh``: in an interpreter of its own, as people start it, not in a forked one that
+        has imported everything.
         """
         # Closed when the context is left.
         file = tempfile.TemporaryFile() if stderr is None else stderr.open("wb")  # noqa: SIM115
         self._stderr: IO[bytes] = file
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *map(str, arguments)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            env={**usual_environment(), **(environment or {})},
-        )
+        self._process: Started
+        if is_fresh or environment or module not in MODULES:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, *map(str, arguments)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._stderr,
+                env={**usual_environment(), **(environment or {})},
+            )
+        else:
+            self._process = Forked(shared_forker(), module, *arguments, stderr=file)
         self._lines: queue.Queue[bytes] = queue.Queue()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
@@ -170,19 +191,7 @@ class Process:
 
 
 class Commands:
-    """Runs commands to their end, each in a process of its own.
-
-    They are forked from one process that has imported everything, because imports take most
-    of the time of a command that ends in an error.
-    """
-
-    def __init__(self) -> None:
-        self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.e2e.fork_server"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=usual_environment(),
-        )
+    """Runs commands to their end, each in a process of its own, forked from one for all."""
 
     def run(
         self, module: str, *arguments: object, stdin: str = "", directory: Path | None = None
@@ -191,31 +200,16 @@ class Commands:
 
         A status below 0 is the signal that ended it.
         """
-        where = str(directory or Path.cwd())
-        server = self._server
-        assert server.stdin is not None
-        assert server.stdout is not None
+        forker = shared_forker()
         with tempfile.TemporaryDirectory(prefix="privatelora-command-") as streams:
             files = {name: f"{streams}/{name}" for name in ("stdin", "stdout", "stderr")}
             with open(files["stdin"], "w", encoding="utf-8") as file:
                 file.write(stdin)
-            job = {"module": module, "arguments": list(map(str, arguments)), "directory": where}
-            server.stdin.write(json.dumps({**job, **files, "limit_s": PATIENCE_S}).encode() + b"\n")
-            server.stdin.flush()
-            code = int(server.stdout.readline())
+            where = None if directory is None else str(directory)
+            pid = forker.start(module, *arguments, **files, directory=where, limit_s=PATIENCE_S)
+            code = forker.wait(pid)
             texts = []
             for name in ("stdout", "stderr"):
                 with open(files[name], encoding="utf-8") as file:
                     texts.append(file.read())
         return Result(code, *texts)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self._server.communicate()

@@ -64,7 +64,7 @@ class Site:
     def start(self, program: str, module: str) -> Process:
         """Start the daemon, which the last command is about."""
         assert self.todo == [f"{program} configs/{self.file}"]
-        return Process(module, self.path)
+        return Process(module, self.path, is_fresh=True)
 
 
 @pytest.fixture(scope="module")

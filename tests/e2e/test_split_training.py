@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.forker import Forker
 from tests.e2e.deployment import Deployment, split_checkpoint
+from tests.e2e.forker import Forker
 from tests.e2e.http_world import until
 from tests.e2e.processes import EDGE, SERVE, TRAIN
 from tests.partition.tiny import save_tiny

@@ -11,7 +11,7 @@ import os
 import shutil
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,8 @@ from tests.unit.world import world
 
 
 @pytest.fixture(scope="module")
-def commands() -> Iterator[Commands]:
-    with Commands() as running:
-        yield running
+def commands() -> Commands:
+    return Commands()
 
 
 @pytest.fixture(scope="module")

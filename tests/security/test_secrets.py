@@ -10,7 +10,6 @@ import json
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -103,7 +102,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     deployment, _ = tiny_deployment("llama", directory, rank_up=8, rank_down=8)
     place = Place(deployment)
     logs = ["--verbose", "--log-format", "text"]
-    with Process(SERVE, place.cloud_yaml(), "--verbose", "--log-format", "json") as cloud:
+    with Process(
+        SERVE, place.cloud_yaml(), "--verbose", "--log-format", "json", is_fresh=True
+    ) as cloud:
         address = cloud.read_ready()
         found = re.search(r"http://127\.0\.0\.1:\d+/metrics", cloud.stderr)
         assert found is not None
@@ -111,7 +112,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
             address, "variable.yaml", token={"env": "A_TOKEN"}, http={"listen": "127.0.0.1:0"}
         )
         with (
-            Process(EDGE, place.edge_yaml(address), *logs) as edge,
+            Process(EDGE, place.edge_yaml(address), *logs, is_fresh=True) as edge,
             Process(EDGE, in_variable, *logs, environment={"A_TOKEN": SPARE}) as other,
         ):
             url = edge.read_ready()
@@ -144,9 +145,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 @pytest.fixture(scope="module")
-def commands() -> Iterator[Commands]:
-    with Commands() as running:
-        yield running
+def commands() -> Commands:
+    return Commands()
 
 
 def assert_no_secret(what: str, text: str) -> None:
