@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +16,8 @@ from typing import IO, Any, Self
 from privatelora.errors import PrivateLoRAError
 
 STOP_TIMEOUT_S = 10.0
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def num_threads_beside_another() -> int:
@@ -21,10 +25,17 @@ def num_threads_beside_another() -> int:
     return max(1, len(os.sched_getaffinity(0)) // 2)
 
 
+def _end_with_parent() -> None:
+    """Ask the system to end this process when the one that started it has ended: prctl(2)."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 class Daemon:
     """A daemon that talks in lines on its standard input and output.
 
-    What it logs goes to this program's standard error, or to a file. Leaving the context ends it.
+    What it logs goes to this program's standard error, or to a file. Leaving the context ends it;
+    on Linux so does the end of this program, whatever ends it.
     """
 
     def __init__(
@@ -48,6 +59,7 @@ class Daemon:
             text=True,
             encoding="utf-8",
             env={**os.environ, **(environment or {})},
+            preexec_fn=_end_with_parent,  # takes no lock that a thread might hold
         )
 
     @property
