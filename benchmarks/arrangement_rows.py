@@ -45,8 +45,8 @@ def table_rows(num_layers: int) -> tuple[Row, ...]:
     """The rows for a model of ``num_layers``.
 
     Grouped ones come twice beside per layer at rank 32: at equal rank, where z is as wide as the
-    three blocks of an exchange per layer are together, and at equal trainable parameters. A
-    learning rate is chosen once for each of these two kinds.
+    three blocks of an exchange per layer are together, and at equal trainable parameters; and once
+    as wide as the paper's. A learning rate is chosen once for each kind.
     """
     two_layers = f"{num_layers // 2 - 1},{num_layers - 1}"  # the paper's 15 and 31 of 32
     rows = [
@@ -81,6 +81,10 @@ def table_rows(num_layers: int) -> tuple[Row, ...]:
                 rows.append(Row(name, label, method, M_RATES))
             else:
                 rows.append(Row(name, label, method, tuned_as=f"every-{groups[0]}-{kind}"))
+    # As many parameters as the paper has, which decide how many facts there is room for.
+    wide = f"every {groups[0]}, svd, rank 128"
+    method = _private(groups[0], 128, 128)
+    rows.append(Row(f"every-{groups[0]}-128", wide, method, tuned_as="per-layer-128"))
     return tuple(rows)
 
 

@@ -55,6 +55,7 @@ def arrangements_plot(result: dict[str, Any], file: Path) -> None:
     series = {
         "grouped, equal rank": ("o", "C0"),
         "grouped, equal parameters": ("s", "C1"),
+        "grouped, rank 128": ("P", "C5"),
         "per layer": ("D", "C2"),
         "LoRA": ("^", "C3"),
         "full": ("v", "C4"),
@@ -115,6 +116,8 @@ def _accuracy(row: dict[str, Any] | None) -> str:
 
 def _series(name: str) -> str:
     if name.startswith("every-"):
+        if name.endswith("-128"):
+            return "grouped, rank 128"
         kind = "rank" if name.endswith("rank") else "parameters"
         return f"grouped, equal {kind}"
     for prefix, series in (("per-layer", "per layer"), ("lora", "LoRA")):
