@@ -129,7 +129,6 @@ def predict(
             scenarios.append((f"{label(plan)}, {name}", scenario))
     result = {
         "benchmark": "predict",
-        "method": __doc__,
         "model": shape.name,
         "cloud": at_cloud.as_json(),
         "edge": at_edge.as_json(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Annotated
@@ -147,4 +146,4 @@ def schema() -> None:
     """Print the JSON Schema of what benchmarks write with --json."""
     from privatelora.benchmarks.result import Result
 
-    print(json.dumps(Result.model_json_schema(), indent=2))
+    print_json(Result.model_json_schema())

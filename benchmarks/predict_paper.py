@@ -140,7 +140,6 @@ def paper_table() -> dict[str, Any]:
             row["deviation"] = row["by_rtt_ms"]["0"] / said - 1
     return {
         "benchmark": "predict",
-        "method": __doc__,
         "source": "arXiv 2311.14030, table of speeds; 60 Mbps up, 100 Mbps down",
         "assumptions": list(ASSUMPTIONS),
         "rtts_ms": list(RTTS_MS),

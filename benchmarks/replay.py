@@ -31,7 +31,8 @@ from privatelora.runtime.language_model import LanguageModel
 from privatelora.transports.base import Connection
 
 PUBLISHED_RANK = 128
-FLOAT32, FLOAT16 = 4, 2
+FLOAT16 = 2
+"""Bytes of a number."""
 TOKEN_NBYTES = 16
 """About one token as a server-sent event's data would have it, without its envelope."""
 MAX_EXCHANGES = 1024
@@ -65,13 +66,11 @@ class Traffic(BaseModel):
 
     def seconds(self, compute_s: float, link: Link) -> float:
         """Predicted for one token: computing, round trips and bytes, one after the other."""
-        up = (self.up or 0) + self.exchanges * self.exchange_up
-        down = self.down + self.exchanges * self.exchange_down
-        return (
-            compute_s + self.round_trips * link.rtt_s + link.up_s(up) + link.down_s(down)
-            if self.up is not None
-            else max(compute_s, link.down_s(down))
-        )
+        down_s = link.down_s(self.down + self.exchanges * self.exchange_down)
+        if self.up is None:  # nothing waits for anything
+            return max(compute_s, down_s)
+        up_s = link.up_s(self.up + self.exchanges * self.exchange_up)
+        return compute_s + self.round_trips * link.rtt_s + up_s + down_s
 
 
 class ReplayRequest(BaseModel):

@@ -129,8 +129,8 @@ def _median(value: Any) -> float:
 def _figures(result: Result) -> Iterator[tuple[tuple[str, str], Any]]:
     """Each figure, by what its row is about and its name."""
     seen: dict[tuple[str, str], int] = {}
-    for row in _rows(result.model_dump(exclude={"machine", "settings"}), ""):
-        about, figures = row
+    of_the_whole = {"schema_version", "benchmark", "method", "machine", "settings"}
+    for about, figures in _rows(result.model_dump(exclude=of_the_whole), ""):
         for name, value in figures.items():
             key = (about, name)
             seen[key] = seen.get(key, 0) + 1
@@ -150,17 +150,9 @@ def _rows(value: Any, about: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for key, item in value.items()
         if (isinstance(item, str | bool) or key in ABOUT) and not isinstance(item, dict | list)
     }
-    words = {key: item for key, item in words.items() if key != "benchmark"}
-    words.pop("schema_version", None)
-    if not about:
-        words.pop("method", None)  # of the whole result
     said = ", ".join(f"{key} {item}" for key, item in words.items() if item is not None)
     here = ", ".join(part for part in (about, said) if part)
-    figures = {
-        key: item
-        for key, item in value.items()
-        if key not in words and key != "schema_version" and _is_figure(item)
-    }
+    figures = {key: item for key, item in value.items() if key not in words and _is_figure(item)}
     if figures:
         yield here, figures
     for key, item in value.items():

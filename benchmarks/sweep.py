@@ -87,17 +87,14 @@ def measure_sweep(config: SweepConfig, report: Report) -> dict[str, Any]:
     """
     kept = _Kept(config)
     wanted = cases(config)
-    missing: dict[str, str] = {}
-    total, done = config.rounds * len(wanted), kept.count(wanted)
+    num_left = config.rounds * len(wanted) - kept.count(wanted)
     with tempfile.TemporaryDirectory(prefix="privatelora-sweep-") as name, ExitStack() as stack:
         places = _Places(Path(name))
-        if done < total:
+        if num_left:
             report("splitting the model")
             _split(config, places)
             edge = _enter(config, places, stack)
-        else:
-            missing = kept.missing()
-        clock = _Clock(total - done)
+        clock = _Clock(num_left)
         for number in range(config.rounds):
             todo = [case for case in wanted if (number, str(case)) not in kept.figures]
             if not todo:

@@ -90,9 +90,9 @@ def _at(key: str, same: tuple[Any, ...]) -> str:
     if key == "up_mbps":
         return f" (at {same[0]:g} ms)"
     up, down = same
-    return (
-        "" if up is None else f" (at {up:g} Mbps)" if up == down else f" (at {up:g}/{down:g} Mbps)"
-    )
+    if up is None:
+        return ""
+    return f" (at {up:g} Mbps)" if up == down else f" (at {up:g}/{down:g} Mbps)"
 
 
 def _draw(axes: Any, result: dict[str, Any], key: str, places: dict[str, float]) -> None:
@@ -111,9 +111,10 @@ def _draw(axes: Any, result: dict[str, Any], key: str, places: dict[str, float])
         if "link" not in rows[0]:
             axes.axhline(rows[0]["tokens_per_s"]["median"], color=color, ls=":", label=name)
             continue
-        here = sorted((places[row["link"]], row) for row in rows if row["link"] in places)
-        xs = [place for place, _ in here]
-        rates = [row["tokens_per_s"] for _, row in here]
+        here = [row for row in rows if row["link"] in places]
+        here.sort(key=lambda row: places[row["link"]])
+        xs = [places[row["link"]] for row in here]
+        rates = [row["tokens_per_s"] for row in here]
         middles = [rate["median"] for rate in rates]
         below = [rate["median"] - rate["min"] for rate in rates]
         above = [rate["max"] - rate["median"] for rate in rates]
@@ -126,7 +127,7 @@ def _draw(axes: Any, result: dict[str, Any], key: str, places: dict[str, float])
             color=color,
             label=name,
         )
-        predicted = [row["predicted_tokens_per_s"]["median"] for _, row in here]
+        predicted = [row["predicted_tokens_per_s"]["median"] for row in here]
         axes.plot(xs, predicted, "--" if baseline else "-", color=color, lw=1, alpha=0.7)
 
 
