@@ -24,12 +24,11 @@ import torch
 import yaml
 
 from privatelora.benchmarks.measure import Spread, machine_facts, paired_ratios
+from privatelora.benchmarks.shards import split_with_adapter
 from privatelora.benchmarks.worker import EngineName, MeasureRequest
 from privatelora.cli._daemons import Daemon
-from privatelora.partition.adapter import init_adapter, save_adapter
 from privatelora.partition.checkpoint import open_checkpoint
 from privatelora.partition.plan_file import make_plan
-from privatelora.partition.split import make_basis, partition_checkpoint
 
 DtypeName = Literal["float16", "bfloat16", "float32"]
 DTYPES: tuple[DtypeName, ...] = get_args(DtypeName)
@@ -37,8 +36,6 @@ ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 CALIBRATION = MeasureRequest(prompt_tokens=16, warmup_tokens=4, tokens=12)
 SPIN_US = 5000
 """Longer than the longest segment, so that no figure holds the wake-up of a sleeping processor."""
-ADAPTER_STD = 0.02
-"""Of the random M: large enough to change the logits, as a trained one would."""
 
 Report = Callable[[str], None]
 
@@ -144,17 +141,8 @@ def _prepare(model: str, every: int, place: Path) -> int:
     place.mkdir(parents=True, exist_ok=True)
     with open_checkpoint(model) as checkpoint:
         plan = make_plan(checkpoint.config, every=every)
-        manifests = partition_checkpoint(
-            checkpoint,
-            place / "shards",
-            plan,
-            make_basis("random", plan, checkpoint),
-            dtype=torch.float32,
-            replace=True,
-        )
-    fingerprints = manifests["edge"].fingerprints
-    adapter = init_adapter(plan, fingerprints.basis, fingerprints.model, std=ADAPTER_STD)
-    save_adapter(place / "adapter.safetensors", adapter)
+        adapter_file = place / "adapter.safetensors"
+        split_with_adapter(checkpoint, plan, place / "shards", adapter_file, torch.float32)
     return 1 + len(plan.wire_points)
 
 

@@ -32,12 +32,11 @@ from privatelora.benchmarks.predict import step_nbytes
 from privatelora.benchmarks.predict_hardware import CodecCost, Hardware, Link
 from privatelora.benchmarks.predict_shapes import ModelShape
 from privatelora.benchmarks.predict_terms import Scenario, step_terms
-from privatelora.partition.adapter import init_adapter, save_adapter
+from privatelora.benchmarks.shards import split_with_adapter
 from privatelora.partition.checkpoint import open_checkpoint
 from privatelora.partition.manifest import Manifest
 from privatelora.partition.plan import Plan
 from privatelora.partition.shard import open_shard
-from privatelora.partition.split import make_basis, partition_checkpoint
 from privatelora.runtime.cloud import Cloud
 from privatelora.runtime.codecs import Codecs
 from privatelora.runtime.config import CloudConfig, EdgeConfig
@@ -176,18 +175,11 @@ def _median_s(work: Callable[[], object], repeats: int) -> float:
 def _split(settings: CalibrateSettings) -> Manifest:
     with open_checkpoint(settings.model) as checkpoint:
         plan = ModelShape(settings.model, checkpoint.config).plan()
-        manifest = partition_checkpoint(
-            checkpoint,
-            settings.directory / "shards",
-            plan,
-            make_basis("random", plan, checkpoint),
-            dtype=getattr(torch, settings.dtype),
-            replace=True,
-        )["edge"]
-    fingerprints = manifest.fingerprints
-    adapter = init_adapter(plan, fingerprints.basis, fingerprints.model, std=0.02)
-    save_adapter(settings.directory / "adapter.safetensors", adapter)
-    return manifest
+        dtype: torch.dtype = getattr(torch, settings.dtype)
+        adapter_file = settings.directory / "adapter.safetensors"
+        return split_with_adapter(
+            checkpoint, plan, settings.directory / "shards", adapter_file, dtype
+        )
 
 
 async def _decode(

@@ -30,16 +30,14 @@ import torch
 import yaml
 
 from privatelora.benchmarks.measure import machine_facts
+from privatelora.benchmarks.shards import split_with_adapter
 from privatelora.benchmarks.whole_steps import LOCKSTEP, WHOLE_STEPS
 from privatelora.cli._daemons import Daemon
-from privatelora.partition.adapter import init_adapter, save_adapter
 from privatelora.partition.checkpoint import open_checkpoint
 from privatelora.partition.plan_file import make_plan
-from privatelora.partition.split import make_basis, partition_checkpoint
 
 NUM_SKIPPED = 4
 """First tokens of each session that are not counted."""
-ADAPTER_STD = 0.02
 OURS = "ours"
 SCHEDULINGS = (OURS, LOCKSTEP, WHOLE_STEPS)
 STEP_TIMEOUT_S = 3600.0
@@ -153,17 +151,9 @@ def prepare(settings: ServeSettings) -> int:
     place = settings.directory
     with open_checkpoint(settings.model) as checkpoint:
         plan = make_plan(checkpoint.config, every=settings.every)
-        manifests = partition_checkpoint(
-            checkpoint,
-            place / "shards",
-            plan,
-            make_basis("random", plan, checkpoint),
-            dtype=getattr(torch, settings.dtype),
-            replace=True,
-        )
-    fingerprints = manifests["edge"].fingerprints
-    adapter = init_adapter(plan, fingerprints.basis, fingerprints.model, std=ADAPTER_STD)
-    save_adapter(place / "adapter.safetensors", adapter)
+        dtype: torch.dtype = getattr(torch, settings.dtype)
+        adapter_file = place / "adapter.safetensors"
+        split_with_adapter(checkpoint, plan, place / "shards", adapter_file, dtype)
     return 1 + len(plan.wire_points)
 
 

@@ -15,10 +15,14 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
 from privatelora.cli._app import set_thread_defaults
+
+if TYPE_CHECKING:
+    from privatelora.runtime.edge import Edge
 
 
 class DecodeRequest(BaseModel):
@@ -31,19 +35,12 @@ class DecodeRequest(BaseModel):
     tokens: int
 
 
-def main() -> None:
-    """Connect the edge of the YAML file named on the command line and serve requests."""
-    set_thread_defaults()
-    from privatelora.cli._input import read_lines
-    from privatelora.runtime.config import load_edge_config
-    from privatelora.runtime.edge import Edge
+async def decode_sessions(edge: Edge, request: DecodeRequest) -> list[list[float]]:
+    """Decode in all sessions at once; the moments of every session's tokens."""
     from privatelora.runtime.generation import Context, GenerationStats, generate_tokens
-    from privatelora.runtime.loop import run
     from privatelora.runtime.sampling_params import SamplingParams
 
-    edge = Edge(load_edge_config(Path(sys.argv[1])))
-
-    async def decode(number: int, request: DecodeRequest) -> list[float]:
+    async def decode(number: int) -> list[float]:
         params = SamplingParams(max_tokens=request.tokens, ignore_eos=True)
         prompt = [100 + (7 * i + 13 * number) % 1000 for i in range(request.prompt_tokens)]
         context = await Context.open(edge.model, request.prompt_tokens + request.tokens)
@@ -53,13 +50,26 @@ def main() -> None:
         finally:
             await context.aclose()
 
+    return await asyncio.gather(*(decode(number) for number in range(request.sessions)))
+
+
+def main() -> None:
+    """Connect the edge of the YAML file named on the command line and serve requests."""
+    set_thread_defaults()
+    from privatelora.cli._input import read_lines
+    from privatelora.runtime.config import load_edge_config
+    from privatelora.runtime.edge import Edge
+    from privatelora.runtime.loop import run
+
+    edge = Edge(load_edge_config(Path(sys.argv[1])))
+
     async def serve(lines: AsyncIterator[str]) -> None:
         await edge.connect()
         print(json.dumps({"event": "ready"}), flush=True)
         async for line in lines:
             request = DecodeRequest.model_validate_json(line)
             started = time.monotonic()
-            times = await asyncio.gather(*(decode(i, request) for i in range(request.sessions)))
+            times = await decode_sessions(edge, request)
             print(json.dumps({"event": "decoded", "started": started, "times": times}), flush=True)
         await edge.aclose()
 

@@ -40,20 +40,18 @@ from privatelora.benchmarks.predict_hardware import Link
 from privatelora.benchmarks.predict_terms import Scenario
 from privatelora.benchmarks.replay import ReplayRequest, Traffic, traffic
 from privatelora.benchmarks.serve import NUM_SKIPPED, STEP_TIMEOUT_S, summarise, write_settings
+from privatelora.benchmarks.shards import split_with_adapter
 from privatelora.benchmarks.sweep_alone import measure_alone
 from privatelora.benchmarks.sweep_config import ALONE, Case, SweepConfig, cases
 from privatelora.cli._daemons import Daemon
 from privatelora.errors import ConfigError, PrivateLoRAError
-from privatelora.partition.adapter import init_adapter, save_adapter
 from privatelora.partition.checkpoint import open_checkpoint
 from privatelora.partition.files import write_atomic
 from privatelora.partition.plan import Plan
 from privatelora.partition.plan_file import make_plan
-from privatelora.partition.split import make_basis, partition_checkpoint
 from privatelora.runtime.codecs import Codecs
 
 MIN_TOKENS = 8
-ADAPTER_STD = 0.02
 ROUNDS_FILE, SETTINGS_FILE = "measured.jsonl", "sweep.json"
 LISTEN = {
     "tcp": "tcp://127.0.0.1:0",
@@ -199,22 +197,13 @@ class _Clock:
 
 def _split(config: SweepConfig, places: _Places) -> None:
     """Shards and an adapter for every arrangement."""
+    dtype: torch.dtype = getattr(torch, config.dtype)
     with open_checkpoint(config.model) as checkpoint:
         for name, arrangement in config.arrangements.items():
             plan = make_plan(checkpoint.config, **arrangement.model_dump())
             places.plans[name] = plan
             place = places.shards(name)
-            manifests = partition_checkpoint(
-                checkpoint,
-                place,
-                plan,
-                make_basis("random", plan, checkpoint),
-                dtype=getattr(torch, config.dtype),
-                replace=True,
-            )
-            prints = manifests["edge"].fingerprints
-            adapter = init_adapter(plan, prints.basis, prints.model, std=ADAPTER_STD)
-            save_adapter(place / "adapter.safetensors", adapter)
+            split_with_adapter(checkpoint, plan, place, place / "adapter.safetensors", dtype)
 
 
 def _enter(config: SweepConfig, places: _Places, stack: ExitStack) -> Daemon:

@@ -10,10 +10,8 @@ Each measurement has a connection of its own, closed at its end.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,21 +19,17 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from privatelora.benchmarks.replay import ReplayRequest, replay
+from privatelora.benchmarks.serve_worker import DecodeRequest, decode_sessions
 from privatelora.cli._app import set_thread_defaults
 from privatelora.errors import PrivateLoRAError
 from privatelora.runtime.link_config import ImpairedConfig
 
 
-class OursRequest(BaseModel):
+class OursRequest(DecodeRequest):
     """Decode over the product's own link, as the edge of this file of settings."""
-
-    model_config = ConfigDict(extra="forbid")
 
     kind: Literal["ours"] = "ours"
     edge: Path
-    sessions: int
-    prompt_tokens: int
-    tokens: int
 
 
 class OtherRequest(BaseModel):
@@ -57,24 +51,11 @@ async def decode_ours(request: OursRequest) -> list[list[float]]:
     """The moments of every session's tokens."""
     from privatelora.runtime.config import load_edge_config
     from privatelora.runtime.edge import Edge
-    from privatelora.runtime.generation import Context, GenerationStats, generate_tokens
-    from privatelora.runtime.sampling_params import SamplingParams
 
     edge = Edge(load_edge_config(request.edge))
-
-    async def decode(number: int) -> list[float]:
-        params = SamplingParams(max_tokens=request.tokens, ignore_eos=True)
-        prompt = [100 + (7 * i + 13 * number) % 1000 for i in range(request.prompt_tokens)]
-        context = await Context.open(edge.model, request.prompt_tokens + request.tokens)
-        try:
-            tokens = generate_tokens(context, prompt, params, edge.text.eos_ids, GenerationStats())
-            return [time.monotonic() async for _ in tokens]
-        finally:
-            await context.aclose()
-
     await edge.connect()
     try:
-        return await asyncio.gather(*(decode(number) for number in range(request.sessions)))
+        return await decode_sessions(edge, request)
     finally:
         await edge.aclose()
 
