@@ -175,7 +175,7 @@ def parse_every(text: str) -> Every:
 
 def codecs_named(name: str) -> Codecs:
     """A codec for everything, or what edges ask for by default. Raises ConfigError."""
-    from privatelora.benchmarks.predict_calibrate import default_codecs
+    from privatelora.benchmarks.predict_timing import default_codecs
     from privatelora.runtime.codecs import Codecs
     from privatelora.runtime.payload.names import CODEC_NAMES
 

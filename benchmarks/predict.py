@@ -10,6 +10,7 @@ token"):
     codec            writing and reading each tensor
     bytes up, down   bits over bandwidth; bytes are those of ``token_cost``, headers included
     round trips      (1 + P) * RTT
+    waking           (1 + P) * what a core takes after a wait; from LONG_WAIT_S on all of it
     meanwhile        less: q, k and v that the cloud computes while a reply is on its way
 
 ``predict_terms.py`` has the rooflines. The paper's formula, 1 / (1/decoder + 1/M + 1/LM head +
@@ -26,7 +27,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from privatelora.benchmarks.predict_hardware import Link
+from privatelora.benchmarks.predict_hardware import LONG_WAIT_S, Link
 from privatelora.benchmarks.predict_terms import (
     Scenario,
     Terms,
@@ -64,6 +65,7 @@ class TokenTime:
     up_s: float
     down_s: float
     round_trips_s: float
+    waking_s: float
     meanwhile_s: float
 
     @property
@@ -140,6 +142,7 @@ def token_time(terms: Terms, nbytes: WireBytes, link: Link) -> TokenTime:
         up_s=link.up_s(nbytes.up),
         down_s=link.down_s(nbytes.down),
         round_trips_s=nbytes.round_trips * link.rtt_s,
+        waking_s=nbytes.round_trips * terms.wake_s * min(1.0, link.rtt_s / LONG_WAIT_S),
         meanwhile_s=num_points * min(terms.meanwhile_s, link.rtt_s + terms.answer_s),
     )
 

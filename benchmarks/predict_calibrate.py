@@ -1,68 +1,79 @@
 """What this machine takes for the terms of a prediction, measured in some seconds.
 
-Method. A model is split per layer into a folder, and decoded one token at a time: unsplit without
-an adapter, and split with cloud and edge in this process over ``inproc``, in fp32 on the wire. The
-median of the tokens is taken, first ones left out. Then
+Method. A model is split twice into a folder: per layer, and with one exchange for all layers. A
+cloud daemon runs for each, and an edge in this process decodes one token at a time with them over
+TCP, in fp32 on the wire; and the whole model unsplit, without an adapter. The median of the tokens
+is taken, first ones left out. Then
 
     cloud memory     bytes of all layers' weights / (unsplit token - LM head)
     cloud FLOP/s     operations of a chunk of 64 rows / its time, likewise
     edge memory      bytes of the LM head / its time; the operations per second are the cloud's
-    handling         (split token - unsplit token - A, B and M as predicted - codecs) / round trips,
-                     half of it for each end: messages, event loop, scheduler
+    step             token with one exchange - what is predicted of it: messages, event loop,
+                     scheduler, choosing the rows; half of it for each end
+    exchange         (token per layer - what is predicted of it) / exchange points, likewise
+    emulation        (token per layer over an emulated link without delay - that without one) /
+                     round trips
+    waking           (token per layer over an emulated FAR_S - what is predicted of it) / round
+                     trips: after a wait cores sleep, and caches hold other things
     codecs           writing and reading rows of two widths: fixed, and for each number
 
 Fixed times of a layer are in its bandwidth, so figures hold for models of about this size. The two
-ends never compute at once here, so nothing in these figures hides behind anything. A socket's own
-round trip is not in them: ``predict_choose.TRANSPORTS`` has it.
+ends never compute at once here, so nothing in these figures hides behind anything. The socket's own
+round trip, ``predict_choose.TRANSPORTS``, is taken off.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 
-from privatelora.benchmarks.predict import step_nbytes
-from privatelora.benchmarks.predict_hardware import CodecCost, Hardware, Link
+from privatelora.benchmarks.predict import step_nbytes, token_time
+from privatelora.benchmarks.predict_choose import TRANSPORTS
+from privatelora.benchmarks.predict_hardware import LONG_WAIT_S, CodecCost, Hardware, Link
 from privatelora.benchmarks.predict_shapes import ModelShape
 from privatelora.benchmarks.predict_terms import Scenario, step_terms
+from privatelora.benchmarks.predict_timing import (
+    CHUNK,
+    chunk_s,
+    codec_costs,
+    default_codec_names,
+    head_s,
+    token_s,
+)
+from privatelora.benchmarks.serve import write_settings
 from privatelora.benchmarks.shards import split_with_adapter
+from privatelora.cli._daemons import Daemon
 from privatelora.partition.checkpoint import open_checkpoint
-from privatelora.partition.manifest import Manifest
 from privatelora.partition.plan import Plan
 from privatelora.partition.shard import open_shard
-from privatelora.runtime.cloud import Cloud
 from privatelora.runtime.codecs import Codecs
-from privatelora.runtime.config import CloudConfig, EdgeConfig
+from privatelora.runtime.config import EdgeConfig
 from privatelora.runtime.edge import Edge
-from privatelora.runtime.language_model import Ends, LanguageModel
-from privatelora.runtime.link_config import PayloadConfig
+from privatelora.runtime.language_model import Ends
+from privatelora.runtime.link_config import ImpairedConfig, ImpairmentConfig, PayloadConfig
 from privatelora.runtime.loop import run
-from privatelora.runtime.tensors import pack, unpack
 from privatelora.runtime.unsplit import open_unsplit
 
-ADDRESS = "inproc://privatelora-calibrate"
-CHUNK = 64
-NUM_SKIPPED = 4
-NUM_REPEATS = 24
-WIDTHS = (128, 2048)
-"""Of the rows that codecs are measured with: about one exchange, and hidden states."""
 FP32 = Codecs("fp32", "fp32", "fp32", "fp32")
+FAR_S = 2 * LONG_WAIT_S
+"""The round trip over which waking is measured."""
+_TCP_S = next(one.round_trip_s for one in TRANSPORTS if one.scheme == "tcp://")
 
 Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class CalibrateSettings:
-    """``directory``: an empty folder for the shards, about as large as the model in ``dtype``.
+    """``directory``: an empty folder for the shards, about twice the model in ``dtype``.
 
-    ``num_threads``: of the tensor work of either end; None leaves it as it is.
+    ``num_threads``: of the tensor work of either end; None leaves it as it is. ``tokens``: timed
+    in each measurement.
     """
 
     model: str
@@ -74,11 +85,15 @@ class CalibrateSettings:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The ends as predictions take them, and what was measured for that, in seconds."""
+    """The ends as predictions take them, and what was measured for that, in seconds.
+
+    ``emulation_s``: what an emulated link takes for a round trip besides what it is set to.
+    """
 
     shape: ModelShape
     cloud: Hardware
     edge: Hardware
+    emulation_s: float
     measured: dict[str, float]
 
     def as_json(self) -> dict[str, Any]:
@@ -87,29 +102,112 @@ class Calibration:
             "model": self.shape.name,
             "cloud": self.cloud.as_json(),
             "edge": self.edge.as_json(),
+            "emulation_ms": self.emulation_s * 1e3,
             "measured_ms": {name: seconds * 1e3 for name, seconds in self.measured.items()},
         }
 
 
 def calibrate(settings: CalibrateSettings, report: Report) -> Calibration:
-    """Measure this machine with a model; raises PartitionError or ConfigError."""
-    report("splitting the model")
-    manifest = _split(settings)
-    dtype: torch.dtype = getattr(torch, settings.dtype)
-    shape = ModelShape(settings.model, manifest.config, dtype.itemsize)
-    with _threads(settings.num_threads), torch.inference_mode():
-        report("measuring the LM head and codecs")
-        edge = open_shard(settings.directory / "shards/edge", "edge")
-        ends = Ends(manifest.config, edge.load(torch.device("cpu"), dtype))
-        lm_head_s = head_s(ends, manifest.config.hidden_size)
-        codecs = codec_costs(default_codec_names())
-        measured = run(_decode(settings, manifest, report))
-    return _calibration(shape, manifest.plan, {"lm_head": lm_head_s, **measured}, codecs)
+    """Measure this machine with a model; raises PartitionError, ConfigError or PrivateLoRAError."""
+    with Calibrator(settings, report) as calibrator:
+        return calibrator.measure(report)
 
 
-def _calibration(
-    shape: ModelShape, plan: Plan, measured: dict[str, float], codecs: dict[str, CodecCost]
+class Calibrator:
+    """A model split in both ways with its daemons running, to be measured as often as wanted."""
+
+    def __init__(self, settings: CalibrateSettings, report: Report) -> None:
+        """Start it all; raises PartitionError, ConfigError or PrivateLoRAError."""
+        self._settings = settings
+        report("splitting the model")
+        dtype: torch.dtype = getattr(torch, settings.dtype)
+        with open_checkpoint(settings.model) as checkpoint:
+            self.shape = ModelShape(settings.model, checkpoint.config, dtype.itemsize)
+            self._plans = (self.shape.plan(), self.shape.plan("all"))
+            for number, plan in enumerate(self._plans):
+                place = self._place(number)
+                split_with_adapter(checkpoint, plan, place, place / "adapter.safetensors", dtype)
+        edge = open_shard(self._place(0) / "edge", "edge").load(torch.device("cpu"), dtype)
+        self._ends = Ends(self.shape.config, edge)
+        self._base = open_unsplit(str(self._place(0))).model
+        report("starting daemons")
+        with ExitStack() as stack:
+            clouds = [stack.enter_context(self._cloud(number)) for number in range(2)]
+            self._addresses = [cloud.read_line().removeprefix("ready ").strip() for cloud in clouds]
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def measure(self, report: Report) -> Calibration:
+        """This machine as it is now."""
+        tokens = self._settings.tokens
+        with _threads(self._settings.num_threads), torch.inference_mode():
+            report("measuring the LM head and codecs")
+            measured = {"lm_head": head_s(self._ends, self.shape.config.hidden_size)}
+            codecs = codec_costs(default_codec_names())
+            report("decoding unsplit")
+            measured["unsplit_token"] = run(token_s(self._base, tokens))
+            measured["unsplit_chunk"] = run(chunk_s(self._base))
+            report("decoding split")
+            measured["split_token"] = run(self._split_token_s(0, tokens))
+            measured["grouped_token"] = run(self._split_token_s(1, tokens))
+            report("decoding over an emulated link")
+            measured["emulated_token"] = run(self._split_token_s(0, tokens, 0.0))
+            measured["far_token"] = run(self._split_token_s(0, tokens // 3, FAR_S))
+        return calibration(self.shape, self._plans, measured, codecs)
+
+    def _place(self, number: int) -> Path:
+        return self._settings.directory / f"shards-{number}"
+
+    def _cloud(self, number: int) -> Daemon:
+        place = self._place(number)
+        values: dict[str, Any] = {"listen": "tcp://127.0.0.1:0", "shard": str(place / "cloud")}
+        if self._settings.num_threads is not None:
+            values["num_threads"] = self._settings.num_threads
+        return Daemon("privatelora.cli.serve", write_settings(place / "cloud.yaml", values))
+
+    async def _split_token_s(
+        self, number: int, tokens: int, emulated_s: float | None = None
+    ) -> float:
+        """Median seconds for a token; ``emulated_s``: a round trip, None for no emulated link."""
+        impaired = None
+        if emulated_s is not None:
+            way = ImpairmentConfig(delay_ms=emulated_s * 1e3 / 2)
+            impaired = ImpairedConfig(up=way, down=way)
+        edge = Edge(
+            EdgeConfig(
+                cloud=self._addresses[number],
+                shard=self._place(number) / "edge",
+                adapter=self._place(number) / "adapter.safetensors",
+                payload=PayloadConfig.model_validate("fp32"),
+                num_threads=self._settings.num_threads,
+                impaired=impaired,
+            )
+        )
+        try:
+            await edge.connect()
+            return await token_s(edge.model, tokens)
+        finally:
+            await edge.aclose()
+
+
+def calibration(
+    shape: ModelShape,
+    plans: tuple[Plan, Plan],
+    measured: dict[str, float],
+    codecs: dict[str, CodecCost],
 ) -> Calibration:
+    """What was ``measured`` with the plans, per layer and grouped to one, as terms."""
+    per_layer, grouped = plans
     layers_s = max(measured["unsplit_token"] - measured["lm_head"], 1e-6)
     chunk_s = max(measured["unsplit_chunk"] - measured["lm_head"], layers_s)
     weights = shape.config.num_layers * shape.layer_weights
@@ -117,127 +215,26 @@ def _calibration(
     cloud = Hardware("here", weights * shape.weight_nbytes / layers_s, flops_per_s, codecs=codecs)
     edge_memory = shape.head_weights * shape.weight_nbytes / measured["lm_head"]
     edge = Hardware("here", edge_memory, flops_per_s, codecs=codecs)
-    scenario = Scenario(shape, plan, FP32, Link(), cloud, edge)
-    terms = step_terms(scenario)
-    known_s = terms.cloud_s + terms.exchange_s + terms.codec_s + terms.lm_head_s
-    round_trips = step_nbytes(scenario).round_trips
-    handling_s = max(0.0, measured["split_token"] - known_s) / round_trips
-    half_s = handling_s / 2
+
+    def known_s(plan: Plan, rtt_s: float = 0.0) -> float:
+        scenario = Scenario(shape, plan, FP32, Link(_TCP_S + rtt_s), cloud, edge)
+        return token_time(step_terms(scenario), step_nbytes(scenario), scenario.link).total_s
+
+    half_s = max(0.0, measured["grouped_token"] - known_s(grouped)) / 2
+    cloud, edge = replace(cloud, step_s=half_s), replace(edge, step_s=half_s)
+    num_points = len(per_layer.wire_points)
+    half_s = 0.0
+    for _ in range(4):  # what an exchange takes is time in which the cloud goes on, too
+        left_s = measured["split_token"] - known_s(per_layer)
+        half_s = max(0.0, half_s + left_s / max(1, num_points) / 2)
+        cloud, edge = replace(cloud, exchange_s=half_s), replace(edge, exchange_s=half_s)
+    round_trips = 1 + num_points
+    emulation_s = max(0.0, measured["emulated_token"] - measured["split_token"]) / round_trips
+    waking_s = measured["far_token"] - known_s(per_layer, FAR_S + emulation_s)
+    wake_s = max(0.0, waking_s) / round_trips / 2
     return Calibration(
-        shape,
-        replace(cloud, exchange_s=half_s, step_s=half_s),
-        replace(edge, exchange_s=half_s, step_s=half_s),
-        {**measured, "handling_of_a_round_trip": handling_s},
+        shape, replace(cloud, wake_s=wake_s), replace(edge, wake_s=wake_s), emulation_s, measured
     )
-
-
-def default_codec_names() -> set[str]:
-    """Codecs that predictions compare: those of the settings' default, fp16 and fp32."""
-    return {*astuple(default_codecs()), "fp16", "fp32"}
-
-
-def default_codecs() -> Codecs:
-    """What an edge asks for that sets no ``payload``."""
-    return Codecs(*(names[0] for names in astuple(PayloadConfig().preferences())))
-
-
-def codec_costs(names: Iterable[str]) -> dict[str, CodecCost]:
-    """Of each codec, half of writing and reading a row: what one end takes."""
-    costs = {}
-    for name in sorted(names):
-        narrow, wide = (_codec_s(name, width) / 2 for width in WIDTHS)
-        number_s = max(0.0, (wide - narrow) / (WIDTHS[1] - WIDTHS[0]))
-        costs[name] = CodecCost(max(0.0, narrow - WIDTHS[0] * number_s), number_s)
-    return costs
-
-
-def _codec_s(name: str, width: int) -> float:
-    row = torch.randn(1, width, generator=torch.Generator().manual_seed(0))
-    device = torch.device("cpu")
-    return _median_s(lambda: unpack(pack(row, name), device, torch.float32), 100)
-
-
-def head_s(ends: Ends, hidden_size: int) -> float:
-    """Median seconds for the final norm and the LM head of one row."""
-    row = torch.randn(1, hidden_size, generator=torch.Generator().manual_seed(0))
-    return _median_s(lambda: ends.logits(row), NUM_REPEATS)
-
-
-def _median_s(work: Callable[[], object], repeats: int) -> float:
-    times = []
-    for _ in range(NUM_SKIPPED + repeats):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[NUM_SKIPPED:])
-
-
-def _split(settings: CalibrateSettings) -> Manifest:
-    with open_checkpoint(settings.model) as checkpoint:
-        plan = ModelShape(settings.model, checkpoint.config).plan()
-        dtype: torch.dtype = getattr(torch, settings.dtype)
-        adapter_file = settings.directory / "adapter.safetensors"
-        return split_with_adapter(
-            checkpoint, plan, settings.directory / "shards", adapter_file, dtype
-        )
-
-
-async def _decode(
-    settings: CalibrateSettings, manifest: Manifest, report: Report
-) -> dict[str, float]:
-    place, tokens = settings.directory / "shards", settings.tokens
-    report("decoding unsplit")
-    base = open_unsplit(str(place)).model
-    unsplit_s, chunk_s = await token_s(base, tokens), await _chunk_s(base)
-    report("decoding split")
-    cloud = Cloud(CloudConfig(listen=ADDRESS, shard=place / "cloud"))
-    async with await cloud.listen():
-        edge = Edge(
-            EdgeConfig(
-                cloud=ADDRESS,
-                shard=place / "edge",
-                adapter=settings.directory / "adapter.safetensors",
-                payload=PayloadConfig.model_validate("fp32"),
-            )
-        )
-        try:
-            split_s = await token_s(edge.model, tokens)
-        finally:
-            await edge.aclose()
-    return {"unsplit_token": unsplit_s, "unsplit_chunk": chunk_s, "split_token": split_s}
-
-
-async def token_s(model: LanguageModel, tokens: int) -> float:
-    """Median seconds for one decoded token."""
-    return statistics.median(await token_times_s(model, tokens))
-
-
-async def token_times_s(model: LanguageModel, tokens: int) -> list[float]:
-    """Seconds for each of ``tokens`` decoded one after the other, first ones left out."""
-    sequence = await model.open_sequence(NUM_SKIPPED + tokens)
-    times = []
-    try:
-        for position in range(NUM_SKIPPED + tokens):
-            started = time.perf_counter()
-            await sequence.forward([1 + position], position, "last")
-            times.append(time.perf_counter() - started)
-    finally:
-        await sequence.aclose()
-    return times[NUM_SKIPPED:]
-
-
-async def _chunk_s(model: LanguageModel) -> float:
-    """Median seconds for a chunk of CHUNK positions, with the logits of the last."""
-    sequence = await model.open_sequence(CHUNK)
-    times = []
-    try:
-        for _ in range(4):
-            started = time.perf_counter()
-            await sequence.forward(list(range(1, CHUNK + 1)), 0, "last")
-            times.append(time.perf_counter() - started)
-    finally:
-        await sequence.aclose()
-    return statistics.median(times[1:])
 
 
 @contextmanager

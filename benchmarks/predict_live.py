@@ -21,16 +21,16 @@ from typing import Any
 import torch
 
 from privatelora.benchmarks.predict import step_nbytes, token_time
-from privatelora.benchmarks.predict_calibrate import (
+from privatelora.benchmarks.predict_choose import TRANSPORTS
+from privatelora.benchmarks.predict_hardware import Hardware, Link
+from privatelora.benchmarks.predict_shapes import ModelShape
+from privatelora.benchmarks.predict_terms import Scenario, cloud_adapter_weights, step_terms
+from privatelora.benchmarks.predict_timing import (
     codec_costs,
     default_codec_names,
     head_s,
     token_times_s,
 )
-from privatelora.benchmarks.predict_choose import TRANSPORTS
-from privatelora.benchmarks.predict_hardware import Hardware, Link
-from privatelora.benchmarks.predict_shapes import ModelShape
-from privatelora.benchmarks.predict_terms import Scenario, cloud_adapter_weights, step_terms
 from privatelora.errors import ConnectError, TransportError
 from privatelora.partition.plan import Plan
 from privatelora.partition.shard import open_shard

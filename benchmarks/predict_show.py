@@ -63,7 +63,7 @@ def predictions_table(result: dict[str, Any]) -> Table:
         table.add_column(heading, no_wrap=True)
     for row in result["rows"]:
         parts = row["parts"]
-        at_edge = ("edge_layers_ms", "exchange_ms", "lm_head_ms", "codec_ms")
+        at_edge = ("edge_layers_ms", "exchange_ms", "lm_head_ms", "codec_ms", "waking_ms")
         table.add_row(
             f"{row['arrangement'].removeprefix('every ')}, {row['codec']}",
             row["link_text"],

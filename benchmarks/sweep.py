@@ -9,8 +9,8 @@ predicted to take ``seconds``, at least MIN_TOKENS.
 
 Everything is measured once in each round, and what shares a link one after the other, so that what
 is compared meets the same state of the machine. Figures are medians over rounds with minimum and
-maximum. At the start of each round the machine is measured too (``predict_calibrate``), with none
-of the network: predictions are made of that, and each is compared with what its round measured.
+maximum. Before each link the machine is measured (``predict_calibrate``), with none of the link's
+figures: predictions for it are made of that, and each is compared with what its round measured.
 
 Baselines are ``replay.py``'s, over the same links; and whole models on the edge, which no link
 changes, on as many threads as an edge has. One that is not installed is named as missing.
@@ -18,63 +18,26 @@ changes, on as many threads as an edge has. One that is not installed is named a
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from privatelora.benchmarks.measure import Spread, machine_facts
-from privatelora.benchmarks.predict import predict
-from privatelora.benchmarks.predict_calibrate import CalibrateSettings, Calibration, calibrate
-from privatelora.benchmarks.predict_choose import TRANSPORTS
-from privatelora.benchmarks.predict_hardware import Link
-from privatelora.benchmarks.predict_terms import Scenario
-from privatelora.benchmarks.replay import ReplayRequest, Traffic, traffic
-from privatelora.benchmarks.serve import NUM_SKIPPED, STEP_TIMEOUT_S, summarise, write_settings
-from privatelora.benchmarks.shards import split_with_adapter
-from privatelora.benchmarks.sweep_alone import measure_alone
-from privatelora.benchmarks.sweep_config import ALONE, Case, SweepConfig, cases
-from privatelora.cli._daemons import Daemon
-from privatelora.errors import ConfigError, PrivateLoRAError
-from privatelora.partition.checkpoint import open_checkpoint
+from privatelora.benchmarks.sweep_bench import SweepBench
+from privatelora.benchmarks.sweep_config import Case, SweepConfig, cases
+from privatelora.errors import ConfigError
 from privatelora.partition.files import write_atomic
-from privatelora.partition.plan import Plan
-from privatelora.partition.plan_file import make_plan
-from privatelora.runtime.codecs import Codecs
 
-MIN_TOKENS = 8
 ROUNDS_FILE, SETTINGS_FILE = "measured.jsonl", "sweep.json"
-LISTEN = {
-    "tcp": "tcp://127.0.0.1:0",
-    "shm": "shm://privatelora-sweep-{pid}-{number}",
-    "zmq+tcp": "zmq+tcp://127.0.0.1:0",
-}
 
 Report = Callable[[str], None]
-
-
-@dataclass
-class _Places:
-    """What runs, and where its files are."""
-
-    directory: Path
-    plans: dict[str, Plan] = field(default_factory=dict)
-    clouds: dict[tuple[str, str], str] = field(default_factory=dict)
-    """Addresses, by arrangement and transport."""
-    replay_cloud: str = ""
-
-    def shards(self, arrangement: str) -> Path:
-        """Both shards of an arrangement, and its adapter."""
-        return self.directory / f"shards-{list(self.plans).index(arrangement)}"
 
 
 def measure_sweep(config: SweepConfig, report: Report) -> dict[str, Any]:
@@ -87,25 +50,24 @@ def measure_sweep(config: SweepConfig, report: Report) -> dict[str, Any]:
     wanted = cases(config)
     num_left = config.rounds * len(wanted) - kept.count(wanted)
     with tempfile.TemporaryDirectory(prefix="privatelora-sweep-") as name, ExitStack() as stack:
-        places = _Places(Path(name))
         if num_left:
-            report("splitting the model")
-            _split(config, places)
-            edge = _enter(config, places, stack)
+            bench = stack.enter_context(SweepBench(config, Path(name), report))
         clock = _Clock(num_left)
         for number in range(config.rounds):
+            said = f"round {number + 1} of {config.rounds}"
             todo = [case for case in wanted if (number, str(case)) not in kept.figures]
-            if not todo:
-                continue
-            calibration = _calibrated(config, places, number, kept, report)
-            for case in todo:
-                report(f"round {number + 1} of {config.rounds}, {case}{clock.left()}")
-                try:
-                    figures = _measure(config, places, edge, case, calibration)
-                except _MissingError as error:
-                    figures = {"missing": str(error)}
-                kept.add(number, case, figures)
-                clock.tick()
+            for link, of_link in itertools.groupby(todo, lambda case: case.link):
+                if link:
+                    calibration = bench.calibrate(_within(f"{said}, this machine", report))
+                    kept.add(number, f"calibration for {link}", calibration.as_json())
+                for case in of_link:
+                    report(f"{said}, {case}{clock.left()}")
+                    if link:
+                        figures = bench.measure(case, calibration)
+                    else:
+                        figures = bench.measure_alone(case)
+                    kept.add(number, case, figures)
+                    clock.tick()
     missing = kept.missing()
     rows = [_row(config, case, kept) for case in wanted if case.baseline not in missing]
     return {
@@ -120,8 +82,8 @@ def measure_sweep(config: SweepConfig, report: Report) -> dict[str, Any]:
     }
 
 
-class _MissingError(Exception):
-    """A baseline that cannot be measured here."""
+def _within(said: str, report: Report) -> Report:
+    return lambda what: report(f"{said}: {what}")
 
 
 class _Kept:
@@ -193,191 +155,6 @@ class _Clock:
         each = (time.monotonic() - self._started) / self._num_done
         minutes = each * (self._num_left - self._num_done) / 60
         return f"; about {max(1, math.ceil(minutes))} min left"
-
-
-def _split(config: SweepConfig, places: _Places) -> None:
-    """Shards and an adapter for every arrangement."""
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    with open_checkpoint(config.model) as checkpoint:
-        for name, arrangement in config.arrangements.items():
-            plan = make_plan(checkpoint.config, **arrangement.model_dump())
-            places.plans[name] = plan
-            place = places.shards(name)
-            split_with_adapter(checkpoint, plan, place, place / "adapter.safetensors", dtype)
-
-
-def _enter(config: SweepConfig, places: _Places, stack: ExitStack) -> Daemon:
-    """Start the clouds and the edge's worker, all at once; return the worker."""
-    starting: dict[tuple[str, str], Daemon] = {}
-    for arrangement in config.arrangements:
-        for transport in config.transports:
-            settings = _cloud_settings(config, places, arrangement, transport, len(starting))
-            file = write_settings(places.directory / f"cloud-{len(starting)}.yaml", settings)
-            cloud = stack.enter_context(Daemon("privatelora.cli.serve", file))
-            starting[arrangement, transport] = cloud
-    replaying = None
-    if any(name not in ALONE for name in config.baselines):
-        shards = places.shards(next(iter(config.arrangements)))
-        counts = (config.dtype, str(config.num_threads))
-        daemon = Daemon("privatelora.benchmarks.replay_cloud", shards, *counts)
-        replaying = stack.enter_context(daemon)
-    edge = stack.enter_context(Daemon("privatelora.benchmarks.sweep_worker"))
-    places.clouds = {key: _address(cloud) for key, cloud in starting.items()}
-    places.replay_cloud = "" if replaying is None else _address(replaying)
-    edge.read_event("ready")
-    return edge
-
-
-def _address(cloud: Daemon) -> str:
-    """Where it listens, once it does."""
-    return cloud.read_line().removeprefix("ready ").strip()
-
-
-def _cloud_settings(
-    config: SweepConfig, places: _Places, arrangement: str, transport: str, number: int
-) -> dict[str, Any]:
-    most = max(16, *config.sessions)
-    positions = config.prompt_tokens + config.tokens + 64
-    return {
-        "listen": LISTEN[transport].format(pid=os.getpid(), number=number),
-        "shard": str(places.shards(arrangement) / "cloud"),
-        "dtype": config.dtype,
-        "num_threads": config.num_threads,
-        "max_sessions": most,
-        "max_sessions_per_client": most,
-        "max_cached_positions": 1024 + most * positions,
-    }
-
-
-def _calibrated(
-    config: SweepConfig, places: _Places, number: int, kept: _Kept, report: Report
-) -> Calibration:
-    """This machine as predictions take it, measured now."""
-    place = places.directory / f"calibration-{number}"
-    place.mkdir()
-
-    def told(what: str) -> None:
-        report(f"round {number + 1} of {config.rounds}, this machine: {what}")
-
-    calibration = calibrate(
-        CalibrateSettings(config.model, place, config.dtype, config.num_threads), told
-    )
-    kept.add(number, "calibration", calibration.as_json())
-    return calibration
-
-
-def _measure(
-    config: SweepConfig, places: _Places, edge: Daemon, case: Case, calibration: Calibration
-) -> dict[str, Any]:
-    """Tokens/s, and what was predicted."""
-    if case.baseline in ALONE:
-        try:
-            rate = measure_alone(config, places.shards(next(iter(places.plans))), case.baseline)
-        except PrivateLoRAError as error:
-            raise _MissingError(str(error)) from error
-        return {"tokens_per_s": rate}
-    link = config.parsed_links()[case.link]
-    sent = _traffic(case, calibration)
-    predicted = (
-        _predicted(config, places, case, calibration, link)
-        if sent is None
-        else 1 / sent.seconds(_compute_s(calibration), link)
-    )
-    wanted = round(config.seconds * predicted / case.sessions)
-    tokens = NUM_SKIPPED + max(MIN_TOKENS, min(config.tokens, wanted))
-    impaired = _impaired(link)
-    request: dict[str, Any]
-    if sent is None:
-        request = {
-            "kind": "ours",
-            "edge": str(_edge_file(config, places, case, impaired)),
-            "sessions": case.sessions,
-            "prompt_tokens": config.prompt_tokens,
-            "tokens": tokens,
-        }
-    else:
-        replayed = ReplayRequest(traffic=sent, prompt_tokens=config.prompt_tokens, tokens=tokens)
-        request = {
-            "kind": "replay",
-            "cloud": places.replay_cloud,
-            "impaired": impaired,
-            "replay": replayed.model_dump(),
-        }
-    edge.write_line(json.dumps(request))
-    event = edge.read_event("decoded", "failed")
-    if event["event"] == "failed":
-        raise PrivateLoRAError(f"{case}: {event['error']}")
-    figures = summarise(event["times"])
-    return {
-        "tokens_per_s": figures["aggregate_tokens_per_s"],
-        "time_per_token_ms_p50": figures["time_per_token_ms_p50"],
-        "time_per_token_ms_p99": figures["time_per_token_ms_p99"],
-        "predicted_tokens_per_s": predicted,
-        "tokens": tokens,
-    }
-
-
-def _traffic(case: Case, calibration: Calibration) -> Traffic | None:
-    """What a baseline sends; None for our own."""
-    return None if not case.baseline else traffic(case.baseline, calibration.shape.config)
-
-
-def _compute_s(calibration: Calibration) -> float:
-    """One token of the whole model, on the threads of one process."""
-    return calibration.measured["unsplit_token"]
-
-
-def _predicted(
-    config: SweepConfig, places: _Places, case: Case, calibration: Calibration, link: Link
-) -> float:
-    """Tokens/s of all sessions, which share the link of their edge."""
-    transport_s = next(
-        one.round_trip_s for one in TRANSPORTS if one.scheme.startswith(f"{case.transport}:")
-    )
-    payload = config.payloads[case.payload]
-    scenario = Scenario(
-        calibration.shape,
-        places.plans[case.arrangement],
-        Codecs(*(names[0] for names in astuple(payload.preferences()))),
-        replace(link, rtt_s=link.rtt_s + transport_s),
-        calibration.cloud,
-        calibration.edge,
-        sessions=case.sessions,
-        context=config.prompt_tokens + config.tokens // 2,
-    )
-    computed = predict(scenario)
-    wire_s = max(link.up_s(computed.nbytes.up), link.down_s(computed.nbytes.down))
-    return min(computed.aggregate_tokens_per_s, 1 / wire_s if wire_s else math.inf)
-
-
-def _impaired(link: Link) -> dict[str, Any] | None:
-    """The link as an edge's settings have it."""
-    if link == Link():
-        return None
-    ways = {"up": link.up_bits_per_s, "down": link.down_bits_per_s}
-    return {
-        way: {"delay_ms": link.rtt_s * 1e3 / 2}
-        | ({} if math.isinf(bits_per_s) else {"bandwidth_mbps": bits_per_s / 1e6})
-        for way, bits_per_s in ways.items()
-    }
-
-
-def _edge_file(
-    config: SweepConfig, places: _Places, case: Case, impaired: dict[str, Any] | None
-) -> Path:
-    shards = places.shards(case.arrangement)
-    values = {
-        "cloud": places.clouds[case.arrangement, case.transport],
-        "shard": str(shards / "edge"),
-        "adapter": str(shards / "adapter.safetensors"),
-        "dtype": config.dtype,
-        "num_threads": config.num_threads,
-        "payload": config.payloads[case.payload].model_dump(mode="json"),
-        "step_timeout_s": STEP_TIMEOUT_S,
-    }
-    if impaired is not None:
-        values["impaired"] = impaired
-    return write_settings(places.directory / "edge.yaml", values)
 
 
 def _row(config: SweepConfig, case: Case, kept: _Kept) -> dict[str, Any]:

@@ -216,7 +216,8 @@ class DecoderLayer:
         if y is not None:
             for rows, columns, lora_b in self.lora_B:
                 if y.shape[0] == 1:
-                    qkv[0, rows].addmv_(lora_b, y[0, columns])
+                    # In place, and not addmv_: that is several times slower in bfloat16.
+                    qkv[:, rows].addmm_(y[:, columns], lora_b.T)
                 else:
                     qkv[:, rows] += linear(y[:, columns], lora_b)
         attended = self._attend(qkv.to(batch.rotary.dtype), batch, kv_index)

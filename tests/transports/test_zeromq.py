@@ -44,7 +44,9 @@ ANYWHERE = "zmq+tcp://127.0.0.1:0"
 # Death
 
 
-@pytest.mark.parametrize("address", [ANYWHERE, f"zmq+ipc://killed-{os.getpid()}"])
+@pytest.mark.parametrize(
+    "address", [ANYWHERE, f"zmq+ipc://killed-{os.getpid()}"], ids=("tcp", "ipc")
+)
 async def test_a_killed_client_is_noticed_and_its_last_words_heard(address: str) -> None:
     accepting = await Accepting.on(address, Limits())
     async with accepting.listener as listener:
@@ -63,7 +65,9 @@ async def test_a_killed_client_is_noticed_and_its_last_words_heard(address: str)
                     await sender
 
 
-@pytest.mark.parametrize("address", [ANYWHERE, f"zmq+ipc://killed-{os.getpid()}"])
+@pytest.mark.parametrize(
+    "address", [ANYWHERE, f"zmq+ipc://killed-{os.getpid()}"], ids=("tcp", "ipc")
+)
 async def test_a_killed_listener_is_noticed_and_its_last_words_heard(address: str) -> None:
     with running("listen", address) as process:
         connection = await connect(await output_line(process))

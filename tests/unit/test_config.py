@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from privatelora.benchmarks.sweep_config import read_sweep_config
 from privatelora.errors import ConfigError
 from privatelora.partition.plan_file import read_plan_file
 from privatelora.runtime.codecs import CodecPreferences
@@ -35,6 +36,7 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
     "edge": load_edge_config,
     "plan": read_plan_file,
     "train": read_train_config,
+    "sweep": read_sweep_config,
 }
 CLOUD = "listen: tcp://127.0.0.1:0\nshard: shards/cloud\n"
 DEFAULT_CODECS = CodecPreferences(
@@ -63,7 +65,7 @@ Write = Callable[[str | bytes], Path]
 def test_every_file_in_configs_loads(path: Path) -> None:
     kind = path.name.partition("-")[0]
     settings = LOADERS[kind](path)
-    if kind == "train":
+    if kind in ("train", "sweep"):
         assert settings.out == CONFIGS / ".." / "out" / path.stem
     elif kind != "plan":
         assert settings.shard == CONFIGS / ".." / "out/shards" / kind

@@ -18,7 +18,6 @@ from privatelora.benchmarks.predict import (
     step_nbytes,
     token_time,
 )
-from privatelora.benchmarks.predict_calibrate import default_codecs
 from privatelora.benchmarks.predict_choose import (
     NEAR_ENOUGH,
     arrangements,
@@ -46,6 +45,7 @@ from privatelora.benchmarks.predict_paper import (
 )
 from privatelora.benchmarks.predict_shapes import SHAPE_NAMES, ModelShape, named_shape
 from privatelora.benchmarks.predict_terms import Scenario, step_terms
+from privatelora.benchmarks.predict_timing import default_codecs
 from privatelora.errors import ConfigError, PartitionError
 from privatelora.partition.checkpoint import open_checkpoint
 from privatelora.partition.models.config import DecoderConfig, RopeConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import struct
 import tracemalloc
 from collections.abc import Sequence
@@ -380,7 +381,7 @@ ONE = (BatchSequence(1, 1),)
         BackwardEnd(0, 0, TensorPayload("fp16", (2**32, 1), b""), None),
         BackwardEnd(0, 0, None, TensorPayload("fp16", (1, 4), FLOATS)),
     ],
-    ids=repr,
+    ids=lambda message: re.sub(" at 0x[0-9a-f]+", "", repr(message)),
 )
 def test_what_no_peer_would_accept_is_not_sent(message: Message) -> None:
     with pytest.raises(LocalProtocolError) as caught:
