@@ -79,8 +79,8 @@ SMALL = ModelShape(
     ),
 )
 COSTS = {name: CodecCost(2e-5, 1e-8) for name in CODEC_NAMES}
-CLOUD = Hardware("cloud", 1e10, 1e11, 1e-5, 2e-5, 5e-5, COSTS)
-EDGE = Hardware("edge", 5e9, 2e10, 0.0, 3e-5, 4e-5, COSTS)
+CLOUD = Hardware("cloud", 1e10, 1e11, 1e-5, 2e-5, 5e-5, codecs=COSTS)
+EDGE = Hardware("edge", 5e9, 2e10, 0.0, 3e-5, 4e-5, codecs=COSTS)
 
 quick = settings(max_examples=30, deadline=None)
 
