@@ -61,9 +61,10 @@ from privatelora.runtime.loop import run
 from privatelora.runtime.unsplit import open_unsplit
 
 FP32 = Codecs("fp32", "fp32", "fp32", "fp32")
+NUM_PASSES = 10
 FAR_S = 2 * LONG_WAIT_S
 """The round trip over which waking is measured."""
-_TCP_S = next(one.round_trip_s for one in TRANSPORTS if one.scheme == "tcp://")
+TCP_S = next(one.round_trip_s for one in TRANSPORTS if one.scheme == "tcp://")
 
 Report = Callable[[str], None]
 
@@ -216,25 +217,27 @@ def calibration(
     edge_memory = shape.head_weights * shape.weight_nbytes / measured["lm_head"]
     edge = Hardware("here", edge_memory, flops_per_s, codecs=codecs)
 
-    def known_s(plan: Plan, rtt_s: float = 0.0) -> float:
-        scenario = Scenario(shape, plan, FP32, Link(_TCP_S + rtt_s), cloud, edge)
-        return token_time(step_terms(scenario), step_nbytes(scenario), scenario.link).total_s
-
-    half_s = max(0.0, measured["grouped_token"] - known_s(grouped)) / 2
-    cloud, edge = replace(cloud, step_s=half_s), replace(edge, step_s=half_s)
     num_points = len(per_layer.wire_points)
-    half_s = 0.0
-    for _ in range(4):  # what an exchange takes is time in which the cloud goes on, too
-        left_s = measured["split_token"] - known_s(per_layer)
-        half_s = max(0.0, half_s + left_s / max(1, num_points) / 2)
-        cloud, edge = replace(cloud, exchange_s=half_s), replace(edge, exchange_s=half_s)
     round_trips = 1 + num_points
     emulation_s = max(0.0, measured["emulated_token"] - measured["split_token"]) / round_trips
-    waking_s = measured["far_token"] - known_s(per_layer, FAR_S + emulation_s)
-    wake_s = max(0.0, waking_s) / round_trips / 2
-    return Calibration(
-        shape, replace(cloud, wake_s=wake_s), replace(edge, wake_s=wake_s), emulation_s, measured
-    )
+
+    def more_s(name: str, plan: Plan, rtt_s: float = 0.0) -> float:
+        """By how much what was measured is above what is predicted so far."""
+        scenario = Scenario(shape, plan, FP32, Link(TCP_S + rtt_s), cloud, edge)
+        known = token_time(step_terms(scenario), step_nbytes(scenario), scenario.link)
+        return measured[name] - known.total_s
+
+    step_s = exchange_s = wake_s = 0.0
+    for _ in range(NUM_PASSES):  # each has a little of the others in it
+        step_s += more_s("grouped_token", grouped)
+        exchange_s += more_s("split_token", per_layer) / max(1, num_points)
+        wake_s += more_s("far_token", per_layer, FAR_S + emulation_s) / round_trips
+        step_s, exchange_s, wake_s = max(0.0, step_s), max(0.0, exchange_s), max(0.0, wake_s)
+        cloud, edge = (
+            replace(end, step_s=step_s / 2, exchange_s=exchange_s / 2, wake_s=wake_s / 2)
+            for end in (cloud, edge)
+        )
+    return Calibration(shape, cloud, edge, emulation_s, measured)
 
 
 @contextmanager

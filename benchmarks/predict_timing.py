@@ -21,6 +21,9 @@ NUM_SKIPPED = 4
 NUM_REPEATS = 24
 WIDTHS = (128, 2048)
 """Of the rows that codecs are measured with: about one exchange, and hidden states."""
+LAYER_NBYTES = 8 * 2**20
+"""Read before a codec is timed, as a layer's weights would be: what a core's own caches hold of the
+codec is gone by then."""
 
 
 def default_codec_names() -> set[str]:
@@ -36,28 +39,31 @@ def default_codecs() -> Codecs:
 def codec_costs(names: Iterable[str]) -> dict[str, CodecCost]:
     """Of each codec, half of writing and reading a row: what one end takes."""
     costs = {}
+    layer = torch.ones(LAYER_NBYTES // 4)
     for name in sorted(names):
-        narrow, wide = (_codec_s(name, width) / 2 for width in WIDTHS)
+        narrow, wide = (_codec_s(name, width, layer) / 2 for width in WIDTHS)
         number_s = max(0.0, (wide - narrow) / (WIDTHS[1] - WIDTHS[0]))
         costs[name] = CodecCost(max(0.0, narrow - WIDTHS[0] * number_s), number_s)
     return costs
 
 
-def _codec_s(name: str, width: int) -> float:
+def _codec_s(name: str, width: int, layer: torch.Tensor) -> float:
     row = torch.randn(1, width, generator=torch.Generator().manual_seed(0))
     device = torch.device("cpu")
-    return _median_s(lambda: unpack(pack(row, name), device, torch.float32), 100)
+    return _median_s(lambda: unpack(pack(row, name), device, torch.float32), before=layer.sum)
 
 
 def head_s(ends: Ends, hidden_size: int) -> float:
     """Median seconds for the final norm and the LM head of one row."""
     row = torch.randn(1, hidden_size, generator=torch.Generator().manual_seed(0))
-    return _median_s(lambda: ends.logits(row), NUM_REPEATS)
+    return _median_s(lambda: ends.logits(row))
 
 
-def _median_s(work: Callable[[], object], repeats: int) -> float:
+def _median_s(work: Callable[[], object], before: Callable[[], object] | None = None) -> float:
     times = []
-    for _ in range(NUM_SKIPPED + repeats):
+    for _ in range(NUM_SKIPPED + NUM_REPEATS):
+        if before is not None:
+            before()
         started = time.perf_counter()
         work()
         times.append(time.perf_counter() - started)

@@ -7,6 +7,7 @@ takes well under a millisecond, and then nothing is left behind. It costs two th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import socket
 
@@ -120,7 +121,9 @@ class _DealerLink(Link):
             watched = int(_OTHERS) | _NOT_CONNECTED | _HANDSHAKE_FAILED
             monitor = self._context.monitor(dealer, watched)
             dealer.connect(endpoint_text(endpoint))
-            dealer.send(OPEN_MESSAGE, zmq.NOBLOCK)
+            # The peer may have hung up by now; why is among the events.
+            with contextlib.suppress(zmq.Again):
+                dealer.send(OPEN_MESSAGE, zmq.NOBLOCK)
         except BaseException:
             self._context.close()
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import Iterator
 from contextlib import aclosing
@@ -123,8 +124,16 @@ async def test_split_says_what_transformers_says(
     prompts: list[list[int]],
     expected: dict[str, Answers],
 ) -> None:
-    params = SamplingParams(max_tokens=NUM_TOKENS)
-    answers: Answers = []
+    async def answer(edge: Edge, ids: list[int]) -> list[int]:
+        params = SamplingParams(max_tokens=NUM_TOKENS)
+        context = await Context.open(edge.model, 256)
+        try:
+            tokens = generate_tokens(context, ids, params, (), GenerationStats())
+            async with aclosing(tokens):
+                return [token async for token in tokens]
+        finally:
+            await context.aclose()
+
     async with await cloud.listen() as listener:
         edge = Edge(
             EdgeConfig(
@@ -135,12 +144,7 @@ async def test_split_says_what_transformers_says(
             )
         )
         try:
-            context = await Context.open(edge.model, 256)
-            for ids in prompts:
-                tokens = generate_tokens(context, ids, params, (), GenerationStats())
-                async with aclosing(tokens):
-                    answers.append([token async for token in tokens])
-            await context.aclose()
+            answers = await asyncio.gather(*(answer(edge, ids) for ids in prompts))
         finally:
             await edge.aclose()
     assert [len(answer) for answer in answers] == [NUM_TOKENS] * len(PROMPTS)

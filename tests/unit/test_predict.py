@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from privatelora.benchmarks.predict import (
     step_nbytes,
     token_time,
 )
+from privatelora.benchmarks.predict_calibrate import FAR_S, FP32, TCP_S, calibration
 from privatelora.benchmarks.predict_choose import (
     NEAR_ENOUGH,
     arrangements,
@@ -45,7 +47,7 @@ from privatelora.benchmarks.predict_paper import (
 )
 from privatelora.benchmarks.predict_shapes import SHAPE_NAMES, ModelShape, named_shape
 from privatelora.benchmarks.predict_terms import Scenario, step_terms
-from privatelora.benchmarks.predict_timing import default_codecs
+from privatelora.benchmarks.predict_timing import CHUNK, default_codecs
 from privatelora.errors import ConfigError, PartitionError
 from privatelora.partition.checkpoint import open_checkpoint
 from privatelora.partition.models.config import DecoderConfig, RopeConfig
@@ -418,6 +420,41 @@ def test_what_a_cloud_computes_is_found_from_what_is_seen(
     share = min(share, 0.9 / max(num_points, 1))
     seen_s = cloud_s - num_points * min(share * cloud_s, wait_s)
     assert cloud_seconds(seen_s, num_points, share, wait_s) == pytest.approx(cloud_s)
+
+
+def test_what_was_measured_is_predicted() -> None:
+    """And what made it so is found again, where there is one answer."""
+    plans = SMALL.plan(), SMALL.plan("all")
+    ends = [replace(end, wake_s=3e-4, codecs={}) for end in (CLOUD, EDGE)]
+    cloud, edge = replace(ends[0], layer_s=0.0), replace(ends[1], flops_per_s=ends[0].flops_per_s)
+
+    def token_s(plan: Plan, rtt_s: float = 0.0) -> float:
+        link = Link(rtt_s + TCP_S)
+        return predict(Scenario(SMALL, plan, FP32, link, cloud, edge)).token.total_s
+
+    weights = SMALL.config.num_layers * SMALL.layer_weights
+    head_s = edge.roofline_s(SMALL.head_weights * SMALL.weight_nbytes, 0.0)
+    emulation_s = 2e-4
+    trips = 1 + len(plans[0].wire_points)
+    measured = {
+        "lm_head": head_s,
+        "unsplit_token": cloud.roofline_s(weights * SMALL.weight_nbytes, 0.0) + head_s,
+        "unsplit_chunk": 2 * weights * CHUNK / cloud.flops_per_s + head_s,
+        "split_token": token_s(plans[0]),
+        "grouped_token": token_s(plans[1]),
+        "emulated_token": token_s(plans[0]) + trips * emulation_s,
+        "far_token": token_s(plans[0], FAR_S + emulation_s),
+    }
+    found = calibration(SMALL, plans, measured, {})
+    assert found.emulation_s == pytest.approx(emulation_s)
+    for name in ("step_s", "exchange_s", "wake_s"):
+        both = getattr(found.cloud, name) + getattr(found.edge, name)
+        known = getattr(cloud, name) + getattr(edge, name)
+        assert both == pytest.approx(known, rel=0.02), name
+    for plan, rtt_s in itertools.product((*plans, SMALL.plan(4)), (0.0, 1e-3, 0.1)):
+        link = Link(rtt_s + TCP_S)
+        again = predict(Scenario(SMALL, plan, FP32, link, found.cloud, found.edge))
+        assert again.token.total_s == pytest.approx(token_s(plan, rtt_s), rel=0.02)
 
 
 def test_presets_say_where_they_are() -> None:
