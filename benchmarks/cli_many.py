@@ -6,7 +6,6 @@ from enum import StrEnum
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from privatelora.benchmarks.options import (
     DEFAULT_MODEL,
@@ -20,6 +19,7 @@ from privatelora.benchmarks.options import (
     SessionsOption,
     finish,
     numbers,
+    progress,
     working,
 )
 from privatelora.cli._app import check_writable
@@ -119,8 +119,8 @@ def scheduling(
         num_tokens=tokens,
         max_batch_rows=max_batch_rows,
     )
-    with Console(stderr=True).status("starting") as status:
-        result = measure_scheduling(settings, status.update)
+    with progress() as report:
+        result = measure_scheduling(settings, report)
     finish(result, scheduling_table(result), json_file)
 
 

@@ -20,6 +20,7 @@ from privatelora.benchmarks.options import (
     RttOption,
     finish,
     numbers,
+    progress,
     working,
 )
 from privatelora.cli._app import check_writable, print_json
@@ -63,8 +64,8 @@ def sweep(
     check_writable(json_file)
     check_plotting(plot_file)
     check_writable(plot_file)
-    with Console(stderr=True).status("starting") as status:
-        result = measure_sweep(settings, status.update)
+    with progress() as report:
+        result = measure_sweep(settings, report)
     finish(result, sweep_table(result), json_file)
     if plot_file is not None:
         sweep_plot(result, plot_file)

@@ -52,13 +52,24 @@ def numbers(option: str, text: str) -> tuple[float, ...]:
 
 
 @contextlib.contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Where a benchmark says what it is at: one line that changes, or lines in a log."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda what: console.print(what, highlight=False, soft_wrap=True)
+        return
+    with console.status("starting") as status:
+        yield status.update
+
+
+@contextlib.contextmanager
 def working() -> Iterator[tuple[Path, Callable[[str], None]]]:
     """A folder for the time of a benchmark, and where it says what it is at."""
     with (
         tempfile.TemporaryDirectory(prefix="privatelora-bench-") as directory,
-        Console(stderr=True).status("starting") as status,
+        progress() as report,
     ):
-        yield Path(directory), status.update
+        yield Path(directory), report
 
 
 def finish(result: dict[str, Any], table: Table, json_file: Path | None) -> None:

@@ -31,10 +31,12 @@ from typing import Any
 
 from privatelora.benchmarks.measure import Spread, machine_facts
 from privatelora.benchmarks.sweep_bench import SweepBench
-from privatelora.benchmarks.sweep_config import Case, SweepConfig, cases
+from privatelora.benchmarks.sweep_config import BaselineName, Case, SweepConfig, cases
 from privatelora.errors import ConfigError
 from privatelora.partition.files import write_atomic
 
+BASE: BaselineName = "published"
+"""What ratios are of, at the same link."""
 ROUNDS_FILE, SETTINGS_FILE = "measured.jsonl", "sweep.json"
 
 Report = Callable[[str], None]
@@ -124,9 +126,13 @@ class _Kept:
         names = {str(case) for case in wanted}
         return sum(name in names for _, name in self.figures)
 
-    def of(self, case: Case) -> list[dict[str, Any]]:
-        """Every round of it."""
-        return [figures for (_, name), figures in self.figures.items() if name == str(case)]
+    def of(self, case: Case) -> dict[int, dict[str, Any]]:
+        """What each round has of it."""
+        return {
+            number: figures
+            for (number, name), figures in self.figures.items()
+            if name == str(case) and "missing" not in figures
+        }
 
     def missing(self) -> dict[str, str]:
         """Baselines that could not be measured, and why."""
@@ -158,8 +164,9 @@ class _Clock:
 
 
 def _row(config: SweepConfig, case: Case, kept: _Kept) -> dict[str, Any]:
-    """Spreads over the rounds."""
-    rounds = kept.of(case)
+    """Spreads over the rounds; ratios are of the same round."""
+    measured = kept.of(case)
+    rounds = list(measured.values())
     row: dict[str, Any] = {**case.as_json(), "rounds": len(rounds)}
     if case.link:
         row["link_text"] = config.links[case.link]
@@ -171,6 +178,11 @@ def _row(config: SweepConfig, case: Case, kept: _Kept) -> dict[str, Any]:
     if pairs:
         ratios = [one["predicted_tokens_per_s"] / one["tokens_per_s"] for one in pairs]
         row["predicted_vs_measured"] = Spread.of(ratios)._asdict()
+    base = {} if case.baseline == BASE else kept.of(Case(case.link, "tcp", baseline=BASE))
+    shared = measured.keys() & base.keys()
+    if shared:
+        ratios = [measured[one]["tokens_per_s"] / base[one]["tokens_per_s"] for one in shared]
+        row["vs_published"] = Spread.of(ratios)._asdict()
     return row
 
 

@@ -20,7 +20,8 @@ def sweep_table(result: dict[str, Any]) -> Table:
         title += f"{errors['worst_error']:.1%} at worst"
     missing = "; ".join(f"{name} is missing: {why}" for name, why in result["missing"].items())
     table = Table(title=title, caption=missing or None)
-    for heading in ("link", "", "payload", "sessions", "tokens/s", "predicted", "predicted / it"):
+    headings = ("link", "", "payload", "sessions", "tokens/s", "/ published", "predicted", "/ it")
+    for heading in headings:
         table.add_column(heading, no_wrap=True)
     label = None
     for row in result["rows"]:
@@ -30,12 +31,14 @@ def sweep_table(result: dict[str, Any]) -> Table:
         name = row.get("arrangement", row.get("baseline", ""))
         through = row.get("transport", "tcp")
         predicted, ratio = row.get("predicted_tokens_per_s"), row.get("predicted_vs_measured")
+        gained = row.get("vs_published")
         table.add_row(
             link if link != label else "",
             name if through == "tcp" else f"{name} ({through})",
             row.get("payload", ""),
             str(row["sessions"]),
             spread(row["tokens_per_s"]),
+            "" if gained is None else spread(gained),
             "" if predicted is None else f"{predicted['median']:.3g}",
             "" if ratio is None else spread(ratio),
         )
