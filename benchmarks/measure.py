@@ -28,6 +28,32 @@ def paired_ratios(ours: Sequence[float], baseline: Sequence[float]) -> Spread:
     return Spread.of([a / b for a, b in zip(ours, baseline, strict=True)])
 
 
+class StolenTime:
+    """How much of the time for which this machine had work its host gave to other machines.
+
+    Since this was made, as Linux counts it (proc(5): steal). Always 0 where nothing counts it.
+    """
+
+    def __init__(self) -> None:
+        self._busy, self._stolen = _busy_and_stolen()
+
+    def share(self) -> float:
+        """From 0 to 1."""
+        busy, stolen = _busy_and_stolen()
+        busy, stolen = busy - self._busy, stolen - self._stolen
+        return stolen / (busy + stolen) if stolen > 0 else 0.0
+
+
+def _busy_and_stolen() -> tuple[int, int]:
+    try:
+        with open("/proc/stat") as file:
+            ticks = [int(field) for field in file.readline().split()[1:]]
+    except OSError:
+        return 0, 0
+    user, nice, system, _, _, irq, softirq, stolen = ticks[:8]
+    return user + nice + system + irq + softirq, stolen
+
+
 def machine_facts() -> dict[str, Any]:
     """Where a figure was measured."""
     import torch

@@ -10,7 +10,7 @@ token"):
     codec            writing and reading each tensor
     bytes up, down   bits over bandwidth; bytes are those of ``token_cost``, headers included
     round trips      (1 + P) * RTT
-    waking           (1 + P) * what a core takes after a wait; from LONG_WAIT_S on all of it
+    waking           what cores take more after waits; from LONG_WAIT_S on all of it
     meanwhile        less: q, k and v that the cloud computes while a reply is on its way
 
 ``predict_terms.py`` has the rooflines. The paper's formula, 1 / (1/decoder + 1/M + 1/LM head +
@@ -142,7 +142,7 @@ def token_time(terms: Terms, nbytes: WireBytes, link: Link) -> TokenTime:
         up_s=link.up_s(nbytes.up),
         down_s=link.down_s(nbytes.down),
         round_trips_s=nbytes.round_trips * link.rtt_s,
-        waking_s=nbytes.round_trips * terms.wake_s * min(1.0, link.rtt_s / LONG_WAIT_S),
+        waking_s=terms.wake_s * min(1.0, link.rtt_s / LONG_WAIT_S),
         meanwhile_s=num_points * min(terms.meanwhile_s, link.rtt_s + terms.answer_s),
     )
 

@@ -13,8 +13,8 @@ is taken, first ones left out. Then
     exchange         (token per layer - what is predicted of it) / exchange points, likewise
     emulation        (token per layer over an emulated link without delay - that without one) /
                      round trips
-    waking           (token per layer over an emulated FAR_S - what is predicted of it) / round
-                     trips: after a wait cores sleep, and caches hold other things
+    waking           the same two over an emulated FAR_S - what is predicted of them: after a wait
+                     cores sleep, and caches hold other things
     codecs           writing and reading rows of two widths: fixed, and for each number
 
 Fixed times of a layer are in its bandwidth, so figures hold for models of about this size. The two
@@ -163,7 +163,8 @@ class Calibrator:
             measured["grouped_token"] = run(self._split_token_s(1, tokens))
             report("decoding over an emulated link")
             measured["emulated_token"] = run(self._split_token_s(0, tokens, 0.0))
-            measured["far_token"] = run(self._split_token_s(0, tokens // 3, FAR_S))
+            measured["far_token"] = run(self._split_token_s(0, max(4, tokens // 3), FAR_S))
+            measured["far_grouped_token"] = run(self._split_token_s(1, tokens, FAR_S))
         return calibration(self.shape, self._plans, measured, codecs)
 
     def _place(self, number: int) -> Path:
@@ -227,14 +228,24 @@ def calibration(
         known = token_time(step_terms(scenario), step_nbytes(scenario), scenario.link)
         return measured[name] - known.total_s
 
-    step_s = exchange_s = wake_s = 0.0
+    step_s = exchange_s = step_wake_s = exchange_wake_s = 0.0
+    each = max(1, num_points)
+    far_s = FAR_S + emulation_s
     for _ in range(NUM_PASSES):  # each has a little of the others in it
-        step_s += more_s("grouped_token", grouped)
-        exchange_s += more_s("split_token", per_layer) / max(1, num_points)
-        wake_s += more_s("far_token", per_layer, FAR_S + emulation_s) / round_trips
-        step_s, exchange_s, wake_s = max(0.0, step_s), max(0.0, exchange_s), max(0.0, wake_s)
+        step_s = max(0.0, step_s + more_s("grouped_token", grouped))
+        exchange_s = max(0.0, exchange_s + more_s("split_token", per_layer) / each)
+        more = more_s("far_grouped_token", grouped, far_s)
+        step_wake_s = max(0.0, step_wake_s + more)
+        more = more_s("far_token", per_layer, far_s) - more
+        exchange_wake_s = max(0.0, exchange_wake_s + more / each)
         cloud, edge = (
-            replace(end, step_s=step_s / 2, exchange_s=exchange_s / 2, wake_s=wake_s / 2)
+            replace(
+                end,
+                step_s=step_s / 2,
+                exchange_s=exchange_s / 2,
+                step_wake_s=step_wake_s / 2,
+                exchange_wake_s=exchange_wake_s / 2,
+            )
             for end in (cloud, edge)
         )
     return Calibration(shape, cloud, edge, emulation_s, measured)

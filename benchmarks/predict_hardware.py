@@ -111,8 +111,9 @@ class Hardware:
     ``memory_bytes_per_s`` and ``flops_per_s``: of the memory that holds the weights, and at peak.
     ``layer_s``: fixed for each decoder layer and batch, such as for launching kernels.
     ``step_s`` and ``exchange_s``: for seeing to a step, and to one exchange point of it, at this
-    end, numbers and network left out. ``wake_s``: how much longer this takes after a round trip of
-    LONG_WAIT_S or more. ``codecs``: by name; those that are not there cost nothing.
+    end, numbers and network left out. ``step_wake_s`` and ``exchange_wake_s``: how much longer
+    these take over round trips of LONG_WAIT_S or more. ``codecs``: by name; those that are not
+    there cost nothing.
     """
 
     name: str
@@ -121,13 +122,15 @@ class Hardware:
     layer_s: float = 0.0
     step_s: float = 0.0
     exchange_s: float = 0.0
-    wake_s: float = 0.0
+    step_wake_s: float = 0.0
+    exchange_wake_s: float = 0.0
     codecs: Mapping[str, CodecCost] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
         if not (self.memory_bytes_per_s > 0 and self.flops_per_s > 0):
             raise ConfigError(f"{self.name}: memory bandwidth and FLOP/s must be above 0")
-        if min(self.layer_s, self.step_s, self.exchange_s, self.wake_s) < 0:
+        waking = (self.step_wake_s, self.exchange_wake_s)
+        if min(self.layer_s, self.step_s, self.exchange_s, *waking) < 0:
             raise ConfigError(f"{self.name}: a fixed time cannot be below 0")
 
     def roofline_s(self, nbytes: float, flops: float) -> float:
@@ -147,7 +150,8 @@ class Hardware:
             "layer_us": self.layer_s * 1e6,
             "step_us": self.step_s * 1e6,
             "exchange_us": self.exchange_s * 1e6,
-            "wake_us": self.wake_s * 1e6,
+            "step_wake_us": self.step_wake_s * 1e6,
+            "exchange_wake_us": self.exchange_wake_s * 1e6,
             "codecs": {
                 name: {"tensor_us": cost.tensor_s * 1e6, "number_ns": cost.number_s * 1e9}
                 for name, cost in self.codecs.items()

@@ -54,7 +54,7 @@ class Terms:
 
     ``meanwhile_s``: of ``cloud_s``, what can be computed at each exchange point while the reply is
     on its way. ``answer_s``: how long the edge takes for one reply, all of it in ``exchange_s``.
-    ``wake_s``: what both ends take more for a round trip that is long.
+    ``wake_s``: what both ends take more where round trips are long.
     """
 
     cloud_s: float
@@ -84,7 +84,7 @@ def step_terms(scenario: Scenario, rows: int = 1) -> Terms:
         codec_s=_codec_s(edge, scenario, rows) + _codec_s(cloud, scenario, rows),
         meanwhile_s=_product_s(cloud, shape, shape.qkv_weights, rows) if num_points else 0.0,
         answer_s=edge.exchange_s + m_s / len(plan.points),
-        wake_s=cloud.wake_s + edge.wake_s,
+        wake_s=sum(end.step_wake_s + num_points * end.exchange_wake_s for end in (cloud, edge)),
     )
 
 

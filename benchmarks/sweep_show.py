@@ -18,6 +18,8 @@ def sweep_table(result: dict[str, Any]) -> Table:
     if errors := result["prediction"]:
         title += f"; predictions off by {errors['median_error']:.1%} at the median, "
         title += f"{errors['worst_error']:.1%} at worst"
+    stolen = max((row["stolen"]["max"] for row in result["rows"] if "stolen" in row), default=0.0)
+    title += f"; its host took {stolen:.0%} of the processors' time at most"
     missing = "; ".join(f"{name} is missing: {why}" for name, why in result["missing"].items())
     table = Table(title=title, caption=missing or None)
     headings = ("link", "", "payload", "sessions", "tokens/s", "/ published", "predicted", "/ it")

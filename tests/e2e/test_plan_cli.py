@@ -82,7 +82,7 @@ def test_predictions_for_this_machine(commands: Commands, tmp_path: Path) -> Non
     measured = content["calibration"]["measured_ms"]
     assert min(measured.values()) > 0
     assert 0 <= content["calibration"]["emulation_ms"] < measured["emulated_token"]
-    assert 0 <= content["cloud"]["wake_us"] < 1e3 * measured["far_token"]
+    assert 0 <= content["cloud"]["exchange_wake_us"] < 1e3 * measured["far_token"]
     # Over a network of its own, what was measured is predicted.
     near = content["cloud"]["step_us"] + content["edge"]["step_us"]
     assert near < 1e3 * measured["grouped_token"]

@@ -425,7 +425,9 @@ def test_what_a_cloud_computes_is_found_from_what_is_seen(
 def test_what_was_measured_is_predicted() -> None:
     """And what made it so is found again, where there is one answer."""
     plans = SMALL.plan(), SMALL.plan("all")
-    ends = [replace(end, wake_s=3e-4, codecs={}) for end in (CLOUD, EDGE)]
+    ends = [
+        replace(end, step_wake_s=9e-4, exchange_wake_s=3e-4, codecs={}) for end in (CLOUD, EDGE)
+    ]
     cloud, edge = replace(ends[0], layer_s=0.0), replace(ends[1], flops_per_s=ends[0].flops_per_s)
 
     def token_s(plan: Plan, rtt_s: float = 0.0) -> float:
@@ -444,10 +446,11 @@ def test_what_was_measured_is_predicted() -> None:
         "grouped_token": token_s(plans[1]),
         "emulated_token": token_s(plans[0]) + trips * emulation_s,
         "far_token": token_s(plans[0], FAR_S + emulation_s),
+        "far_grouped_token": token_s(plans[1], FAR_S + emulation_s),
     }
     found = calibration(SMALL, plans, measured, {})
     assert found.emulation_s == pytest.approx(emulation_s)
-    for name in ("step_s", "exchange_s", "wake_s"):
+    for name in ("step_s", "exchange_s", "step_wake_s", "exchange_wake_s"):
         both = getattr(found.cloud, name) + getattr(found.edge, name)
         known = getattr(cloud, name) + getattr(edge, name)
         assert both == pytest.approx(known, rel=0.02), name
