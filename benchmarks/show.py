@@ -11,7 +11,9 @@ from privatelora.errors import ConfigError
 
 
 def spread(figure: dict[str, Any]) -> str:
-    """``median (min-max)``."""
+    """``median (min-max)``, or the only value there is."""
+    if figure["min"] == figure["max"]:
+        return f"{figure['median']:.3g}"
     return f"{figure['median']:.3g} ({figure['min']:.3g}-{figure['max']:.3g})"
 
 

@@ -14,7 +14,8 @@ from privatelora.benchmarks.show import get_pyplot, spread
 
 def sweep_table(result: dict[str, Any]) -> Table:
     """Of ``measure_sweep``: a line for each thing measured."""
-    title = f"Tokens/s, median (min-max) of {result['settings']['rounds']} rounds"
+    rounds = result["settings"]["rounds"]
+    title = "Tokens/s" if rounds == 1 else f"Tokens/s, median (min-max) of {rounds} rounds"
     if errors := result["prediction"]:
         title += f"; predictions off by {errors['median_error']:.1%} at the median, "
         title += f"{errors['worst_error']:.1%} at worst"
