@@ -237,7 +237,7 @@ def _world(settings: LoadSettings, report: Report) -> Iterator[_World]:
         cloud = stack.enter_context(
             Daemon("privatelora.cli.serve", cloud_file, log=stack.enter_context(log.open("w")))
         )
-        address = cloud.read_line().removeprefix("ready ").strip()
+        address = cloud.read_address()
         edge_file = write_settings(directory / "edge.yaml", edge_config(address, 0.0) | client)
         edge = stack.enter_context(
             Daemon(

@@ -185,7 +185,7 @@ def _engine(
             )
             cloud = stack.enter_context(Daemon("privatelora.cli.serve", cloud_file))
             edge = {
-                "cloud": cloud.read_line().removeprefix("ready ").strip(),
+                "cloud": cloud.read_address(),
                 "shard": str(place / "shards/edge"),
                 "adapter": config["adapter"],
                 "spin_us": SPIN_US,

@@ -28,13 +28,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 
 from privatelora.benchmarks.predict import step_nbytes, token_time
-from privatelora.benchmarks.predict_choose import TRANSPORTS
+from privatelora.benchmarks.predict_choose import transport_round_trip_s
 from privatelora.benchmarks.predict_hardware import LONG_WAIT_S, CodecCost, Hardware, Link
 from privatelora.benchmarks.predict_shapes import ModelShape
 from privatelora.benchmarks.predict_terms import Scenario, step_terms
@@ -64,7 +63,7 @@ FP32 = Codecs("fp32", "fp32", "fp32", "fp32")
 NUM_PASSES = 10
 FAR_S = 2 * LONG_WAIT_S
 """The round trip over which waking is measured."""
-TCP_S = next(one.round_trip_s for one in TRANSPORTS if one.scheme == "tcp://")
+TCP_S = transport_round_trip_s("tcp")
 
 Report = Callable[[str], None]
 
@@ -110,15 +109,15 @@ class Calibration:
 
 def calibrate(settings: CalibrateSettings, report: Report) -> Calibration:
     """Measure this machine with a model; raises PartitionError, ConfigError or PrivateLoRAError."""
-    with Calibrator(settings, report) as calibrator:
-        return calibrator.measure(report)
+    with ExitStack() as stack:
+        return Calibrator(settings, stack, report).measure(report)
 
 
 class Calibrator:
     """A model split in both ways with its daemons running, to be measured as often as wanted."""
 
-    def __init__(self, settings: CalibrateSettings, report: Report) -> None:
-        """Start it all; raises PartitionError, ConfigError or PrivateLoRAError."""
+    def __init__(self, settings: CalibrateSettings, stack: ExitStack, report: Report) -> None:
+        """Start it all, until ``stack`` closes; raises as ``calibrate`` does."""
         self._settings = settings
         report("splitting the model")
         dtype: torch.dtype = getattr(torch, settings.dtype)
@@ -132,21 +131,8 @@ class Calibrator:
         self._ends = Ends(self.shape.config, edge)
         self._base = open_unsplit(str(self._place(0))).model
         report("starting daemons")
-        with ExitStack() as stack:
-            clouds = [stack.enter_context(self._cloud(number)) for number in range(2)]
-            self._addresses = [cloud.read_line().removeprefix("ready ").strip() for cloud in clouds]
-            self._stack = stack.pop_all()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self._stack.close()
+        clouds = [stack.enter_context(self._cloud(number)) for number in range(2)]
+        self._addresses = [cloud.read_address() for cloud in clouds]
 
     def measure(self, report: Report) -> Calibration:
         """This machine as it is now."""
@@ -191,7 +177,6 @@ class Calibrator:
                 shard=self._place(number) / "edge",
                 adapter=self._place(number) / "adapter.safetensors",
                 payload=PayloadConfig.model_validate("fp32"),
-                num_threads=self._settings.num_threads,
                 impaired=impaired,
             )
         )

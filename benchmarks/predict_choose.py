@@ -41,6 +41,12 @@ TRANSPORTS = (
 """p50 on two cores of an AMD EPYC, README, `privatelora-bench transport`."""
 
 
+def transport_round_trip_s(scheme: str) -> float:
+    """What a transport such as ``tcp`` takes within one machine; 0 where it is not known."""
+    known = (one.round_trip_s for one in TRANSPORTS if one.scheme.partition("://")[0] == scheme)
+    return next(known, 0.0)
+
+
 @dataclass(frozen=True)
 class Option:
     """One choice. ``label``: of its arrangement, for people."""

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from privatelora.benchmarks.predict import step_nbytes, token_time
-from privatelora.benchmarks.predict_choose import TRANSPORTS
+from privatelora.benchmarks.predict_choose import transport_round_trip_s
 from privatelora.benchmarks.predict_hardware import Hardware, Link
 from privatelora.benchmarks.predict_shapes import ModelShape
 from privatelora.benchmarks.predict_terms import Scenario, cloud_adapter_weights, step_terms
@@ -167,10 +167,11 @@ async def measure_live(config: EdgeConfig, report: Report) -> LiveMeasurement:
         flops_per_s=2 * weights * rows / chunk_s,
         codecs=edge.codecs,
     )
+    transport_s = transport_round_trip_s(parse_address(config.cloud).scheme)
     return LiveMeasurement(
         shape,
         manifest.plan,
-        replace(seen, rtt_s=max(0.0, ping_s - _transport_s(config))),
+        replace(seen, rtt_s=max(0.0, ping_s - transport_s)),
         cloud,
         edge,
         ping_s,
@@ -199,13 +200,6 @@ def _edge(shape: ModelShape, parts: EdgeParts) -> Hardware:
         exchange_s=HANDLING_S,
         codecs=codec_costs(default_codec_names()),
     )
-
-
-def _transport_s(config: EdgeConfig) -> float:
-    """What of a ping is the transport's: that of its scheme, as far as it is known."""
-    scheme = parse_address(config.cloud).scheme
-    known = [one for one in TRANSPORTS if one.scheme.partition("://")[0] == scheme]
-    return known[0].round_trip_s if known else 0.0
 
 
 async def _chunk_s(model: SplitModel, rows: int) -> float:

@@ -91,7 +91,7 @@ def _decode(settings: ServeSettings, rtt_ms: float) -> Timeline:
         settings.directory / "cloud.yaml", cloud_config(settings) | {"trace": str(trace)}
     )
     with Daemon("privatelora.cli.serve", cloud_file) as cloud:
-        address = cloud.read_line().removeprefix("ready ").strip()
+        address = cloud.read_address()
         file = write_settings(settings.directory / "edge.yaml", edge_config(address, rtt_ms))
         counts = (str(settings.prompt_tokens), str(settings.tokens))
         with Daemon("privatelora.benchmarks.profile_worker", file, *counts) as edge:

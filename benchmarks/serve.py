@@ -166,7 +166,7 @@ def serving(settings: ServeSettings, scheduling: str = OURS, **changes: Any) -> 
     else:
         daemon = Daemon("privatelora.benchmarks.serve_cloud", file, scheduling)
     with daemon as cloud:
-        yield cloud.read_line().removeprefix("ready ").strip()
+        yield cloud.read_address()
 
 
 def cloud_config(settings: ServeSettings) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def measure_sweep(config: SweepConfig, report: Report) -> dict[str, Any]:
     num_left = config.rounds * len(wanted) - kept.count(wanted)
     with tempfile.TemporaryDirectory(prefix="privatelora-sweep-") as name, ExitStack() as stack:
         if num_left:
-            bench = stack.enter_context(SweepBench(config, Path(name), report))
+            bench = SweepBench(config, Path(name), stack, report)
         clock = _Clock(num_left)
         for number in range(config.rounds):
             said = f"round {number + 1} of {config.rounds}"

@@ -9,14 +9,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import astuple, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 
 from privatelora.benchmarks.predict import predict
 from privatelora.benchmarks.predict_calibrate import CalibrateSettings, Calibration, Calibrator
-from privatelora.benchmarks.predict_choose import TRANSPORTS
+from privatelora.benchmarks.predict_choose import transport_round_trip_s
 from privatelora.benchmarks.predict_hardware import Link
 from privatelora.benchmarks.predict_terms import Scenario
 from privatelora.benchmarks.replay import ReplayRequest, traffic
@@ -44,57 +43,41 @@ Report = Callable[[str], None]
 
 
 class SweepBench:
-    """Everything that runs while a sweep is measured; leaving the context ends it."""
+    """Everything that runs while a sweep is measured."""
 
-    def __init__(self, config: SweepConfig, directory: Path, report: Report) -> None:
-        """Split the model and start the daemons, in an empty ``directory``.
+    def __init__(
+        self, config: SweepConfig, directory: Path, stack: ExitStack, report: Report
+    ) -> None:
+        """Split the model into an empty ``directory``, and start daemons until ``stack`` closes.
 
         Raises ConfigError or PartitionError, and PrivateLoRAError for what a daemon fails with.
         """
         self._config, self._directory = config, directory
         report("splitting the model")
         self._plans = self._split()
-        with ExitStack() as stack:
-            clouds = {
-                (arrangement, transport): stack.enter_context(self._cloud(arrangement, transport))
-                for arrangement in config.arrangements
-                for transport in config.transports
-            }
-            replaying = None
-            if any(name not in ALONE for name in config.baselines):
-                counts = (config.dtype, str(config.num_threads))
-                replaying = stack.enter_context(
-                    Daemon("privatelora.benchmarks.replay_cloud", self._first_shards(), *counts)
-                )
-            self._edge = stack.enter_context(Daemon("privatelora.benchmarks.sweep_worker"))
-            place = directory / "calibration"
-            place.mkdir()
-            threads = config.num_threads
-            self._calibrator = stack.enter_context(
-                Calibrator(
-                    CalibrateSettings(
-                        config.model, place, config.dtype, threads, CALIBRATION_TOKENS
-                    ),
-                    report,
-                )
+        clouds = {
+            (arrangement, transport): stack.enter_context(self._cloud(arrangement, transport))
+            for arrangement in config.arrangements
+            for transport in config.transports
+        }
+        replaying = None
+        if any(name not in ALONE for name in config.baselines):
+            counts = (config.dtype, str(config.num_threads))
+            replaying = stack.enter_context(
+                Daemon("privatelora.benchmarks.replay_cloud", self._first_shards(), *counts)
             )
-            self._clouds: dict[tuple[str, str], str] = {
-                key: _address(cloud) for key, cloud in clouds.items()
-            }
-            self._replay_cloud = "" if replaying is None else _address(replaying)
-            self._edge.read_event("ready")
-            self._stack = stack.pop_all()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self._stack.close()
+        self._edge = stack.enter_context(Daemon("privatelora.benchmarks.sweep_worker"))
+        place = directory / "calibration"
+        place.mkdir()
+        settings = CalibrateSettings(
+            config.model, place, config.dtype, config.num_threads, CALIBRATION_TOKENS
+        )
+        self._calibrator = Calibrator(settings, stack, report)
+        self._clouds: dict[tuple[str, str], str] = {
+            key: cloud.read_address() for key, cloud in clouds.items()
+        }
+        self._replay_cloud = "" if replaying is None else replaying.read_address()
+        self._edge.read_event("ready")
 
     def calibrate(self, report: Report) -> Calibration:
         """This machine as predictions take it, measured now."""
@@ -198,9 +181,7 @@ class SweepBench:
 
     def _predicted(self, case: Case, calibration: Calibration, link: Link) -> float:
         """Tokens/s of all sessions, which share the link of their edge."""
-        transport_s = next(
-            one.round_trip_s for one in TRANSPORTS if one.scheme.startswith(f"{case.transport}:")
-        )
+        transport_s = transport_round_trip_s(case.transport)
         payload = self._config.payloads[case.payload]
         scenario = Scenario(
             calibration.shape,
@@ -230,11 +211,6 @@ class SweepBench:
         if impaired is not None:
             values["impaired"] = impaired
         return write_settings(self._directory / "edge.yaml", values)
-
-
-def _address(cloud: Daemon) -> str:
-    """Where it listens, once it does."""
-    return cloud.read_line().removeprefix("ready ").strip()
 
 
 def _impaired(link: Link) -> dict[str, Any] | None:

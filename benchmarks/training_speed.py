@@ -192,7 +192,7 @@ def _start_cloud(
     }
     file = write_settings(place / "cloud.yaml", config)
     daemon = stack.enter_context(Daemon("privatelora.cli.serve", file))
-    return _Cloud(daemon, daemon.read_line().removeprefix("ready ").strip(), place)
+    return _Cloud(daemon, daemon.read_address(), place)
 
 
 def _edge_settings(settings: TrainingSpeedSettings, address: str, rtt_ms: float) -> dict[str, Any]:

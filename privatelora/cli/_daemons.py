@@ -76,6 +76,10 @@ class Daemon:
             raise PrivateLoRAError(f"the {self._name} daemon ended with status {status}; see above")
         return line
 
+    def read_address(self) -> str:
+        """Wait until it listens; where. PrivateLoRAError if it ended instead."""
+        return self.read_line().removeprefix("ready ").strip()
+
     def read_event(self, *expected: str) -> dict[str, Any]:
         """Wait for its next JSON event, which must be one of ``expected``."""
         event: dict[str, Any] = json.loads(self.read_line())

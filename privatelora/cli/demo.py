@@ -120,7 +120,7 @@ def demo(
     num_threads = num_threads_beside_another()
     cloud_yaml.write_text(CLOUD_YAML.format(file=cloud_yaml, port=0, num_threads=num_threads))
     with Daemon("privatelora.cli.serve", cloud_yaml) as cloud:
-        address = cloud.read_line().removeprefix("ready ").strip()
+        address = cloud.read_address()
         console.print(f"cloud: process {cloud.pid}, listening on {address}")
         edge_yaml.write_text(
             EDGE_YAML.format(file=edge_yaml, address=address, num_threads=num_threads, port=port)
@@ -151,7 +151,7 @@ def _serve(edge_yaml: Path, console: Console) -> None:
     """Run an edge with its chat page and API until Ctrl-C."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the daemons would stay
     with Daemon("privatelora.cli.edge", edge_yaml) as edge:
-        url = edge.read_line().removeprefix("ready ").strip()
+        url = edge.read_address()
         console.print(f"edge:  process {edge.pid}, connected\n")
         console.print(f"Chat page:         {url}/")
         console.print(f"OpenAI-compatible: {url}/v1 (any key)")

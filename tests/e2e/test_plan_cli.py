@@ -83,9 +83,9 @@ def test_predictions_for_this_machine(commands: Commands, tmp_path: Path) -> Non
     assert min(measured.values()) > 0
     assert 0 <= content["calibration"]["emulation_ms"] < measured["emulated_token"]
     assert 0 <= content["cloud"]["exchange_wake_us"] < 1e3 * measured["far_token"]
-    # Over a network of its own, what was measured is predicted.
-    near = content["cloud"]["step_us"] + content["edge"]["step_us"]
-    assert near < 1e3 * measured["grouped_token"]
+    for handling, token in (("step_us", "grouped_token"), ("exchange_us", "split_token")):
+        both = content["cloud"][handling] + content["edge"][handling]
+        assert 0 <= both < 1e3 * measured[token]
     assert content["cloud"]["name"] == content["edge"]["name"] == "here"
     assert content["cloud"]["memory_gb_per_s"] > 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Callable
 
@@ -50,6 +51,11 @@ CLOUD_HELLO = Hello(
 def payload(rows: int = 1, features: int = 3, codec: str = "fp16") -> TensorPayload:
     data = bytes(i % 251 + 1 for i in range(2 * rows * features))
     return TensorPayload(codec, (rows, features), data)
+
+
+def name_of(message: Message) -> str:
+    """Its repr, without what differs between processes."""
+    return re.sub(" at 0x[0-9a-f]+", "", repr(message))
 
 
 SAMPLES: tuple[Message, ...] = (

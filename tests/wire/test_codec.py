@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import re
 import struct
 import tracemalloc
 from collections.abc import Iterable
@@ -45,6 +44,7 @@ from tests.wire.samples import (
     content_of,
     frame_of,
     messages,
+    name_of,
     outcome,
     payload,
     sealed,
@@ -522,7 +522,7 @@ FLOATS: Any = memoryview(bytes(8)).cast("f")
         StepBegin(0, 0, 0, OutputRows.ALL, payload(0), None),
         StepBegin(0, 0, 0, OutputRows.ALL, payload(2), payload(1)),
     ],
-    ids=lambda message: re.sub(" at 0x[0-9a-f]+", "", repr(message)),
+    ids=name_of,
 )
 def test_what_no_peer_would_accept_is_not_sent(message: Message) -> None:
     with pytest.raises(LocalProtocolError) as caught:

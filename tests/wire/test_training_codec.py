@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import struct
 import tracemalloc
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from privatelora.runtime.wire.messages import (
     TrainBegin,
 )
 from privatelora.runtime.wire.prelude import MAX_SEQUENCES, TYPES, WireLimits
-from tests.wire.samples import LIMITS, content_of, frame_of, outcome, payload, sealed
+from tests.wire.samples import LIMITS, content_of, frame_of, name_of, outcome, payload, sealed
 
 SEQUENCES = (BatchSequence(1, 1), BatchSequence(2, 0), BatchSequence(2, 2))
 # The table of its sequences is at 96 to 119, hidden states at 128 to 157, opening at 160 to 199.
@@ -381,7 +380,7 @@ ONE = (BatchSequence(1, 1),)
         BackwardEnd(0, 0, TensorPayload("fp16", (2**32, 1), b""), None),
         BackwardEnd(0, 0, None, TensorPayload("fp16", (1, 4), FLOATS)),
     ],
-    ids=lambda message: re.sub(" at 0x[0-9a-f]+", "", repr(message)),
+    ids=name_of,
 )
 def test_what_no_peer_would_accept_is_not_sent(message: Message) -> None:
     with pytest.raises(LocalProtocolError) as caught:
