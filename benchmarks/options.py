@@ -53,10 +53,23 @@ def numbers(option: str, text: str) -> tuple[float, ...]:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """Where a benchmark says what it is at: one line that changes, or lines in a log."""
+    """Where a benchmark says what it is at: one line that changes, or lines in a log.
+
+    The first of a log waits for the second: of input that is refused nothing is said but the error.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda what: console.print(what, highlight=False, soft_wrap=True)
+        is_first, lines = True, []
+
+        def say(what: str) -> None:
+            nonlocal is_first
+            lines.append(what)
+            if not is_first:
+                console.print(*lines, sep="\n", highlight=False, soft_wrap=True)
+                lines.clear()
+            is_first = False
+
+        yield say
         return
     with console.status("starting") as status:
         yield status.update
