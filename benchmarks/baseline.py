@@ -20,11 +20,12 @@ def attach_adapter(
     """Add ``scaling * ((h_src A^T) M^T) B^T`` to the projections by hooks; return ``model``.
 
     Written after EXCHANGE's formula alone, with nothing of the runtime. ``basis``: A and B by
-    their names; ``weights``: M by layer and target. All are cast to the model's dtype.
+    their names; ``weights``: M by layer and target. All come into the model's dtype
+    and onto its device.
     """
     sources: dict[int, torch.Tensor] = {}
     for point in plan.points:
-        lora_a = basis[lora_a_name(point)].to(model.dtype)
+        lora_a = basis[lora_a_name(point)].to(model.device, model.dtype)
 
         def remember(_m: Any, _args: Any, out: torch.Tensor, index: int = point.index) -> None:
             sources[index] = out
@@ -35,8 +36,8 @@ def attach_adapter(
                 start = plan.block(target) * plan.rank_up
                 factors = (
                     lora_a[start : start + plan.rank_up],
-                    weights[layer, target].to(model.dtype),
-                    basis[lora_b_name(layer, target)].to(model.dtype) * plan.scaling,
+                    weights[layer, target].to(model.device, model.dtype),
+                    basis[lora_b_name(layer, target)].to(model.device, model.dtype) * plan.scaling,
                 )
 
                 def add(

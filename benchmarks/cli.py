@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import typer
 
-from privatelora.benchmarks import cli_link, cli_many, cli_one, cli_predict, cli_sweep, cli_train
+from privatelora.benchmarks import (
+    cli_link,
+    cli_many,
+    cli_model,
+    cli_one,
+    cli_predict,
+    cli_sweep,
+    cli_train,
+)
 from privatelora.cli._app import run
 
 app = typer.Typer(
@@ -13,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Measure the runtime on this machine.",
 )
-for commands in (cli_one, cli_many, cli_link, cli_train, cli_predict, cli_sweep):
+for commands in (cli_one, cli_many, cli_link, cli_train, cli_predict, cli_sweep, cli_model):
     commands.register(app)
 
 

@@ -9,6 +9,7 @@ import typer
 
 from privatelora.benchmarks.options import (
     DEFAULT_MODEL,
+    DeviceOption,
     DtypeOption,
     EveryOption,
     FloatDtype,
@@ -47,6 +48,7 @@ def serve(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompts.")] = 32,
     tokens: Annotated[int, typer.Option(min=16, help="Tokens that each session decodes.")] = 48,
     dtype: DtypeOption = FloatDtype.BFLOAT16,
+    device: DeviceOption = "cpu",
     num_edges: Annotated[int, typer.Option("--edges", min=1, help="Edge processes.")] = 2,
     compare: Annotated[
         bool,
@@ -86,6 +88,7 @@ def serve(
                 num_edges=num_edges,
                 directory=directory,
                 compare=compare,
+                device=device,
             ),
             report,
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from privatelora.benchmarks.options import JsonOption, PlotOption, finish, working
+from privatelora.benchmarks.options import DeviceOption, JsonOption, PlotOption, finish, working
 from privatelora.cli._app import check_writable
 from privatelora.errors import ConfigError
 
@@ -74,6 +74,7 @@ def predict(
     context: Annotated[int, typer.Option(min=0, help="Positions in a session's cache.")] = 0,
     cloud: ComputerOption = None,
     edge: ComputerOption = None,
+    device: DeviceOption = "cpu",
     json_file: JsonOption = None,
     plot_file: PlotOption = None,
 ) -> None:
@@ -104,7 +105,7 @@ def predict(
     links = [parse_link(text) for text in link or DEFAULT_LINKS]
     chosen = {name.strip(): codecs_named(name.strip()) for name in codecs.split(",")}
     counts = [_count(text.strip()) for text in sessions.split(",")]
-    shape, at_cloud, at_edge, facts = computers(model, cloud, edge)
+    shape, at_cloud, at_edge, facts = computers(model, cloud, edge, device)
     plans = arrangements(lambda number: shape.plan(number, rank_up, rank_down), everys)
     rows: list[dict[str, Any]] = []
     scenarios = []
@@ -187,9 +188,11 @@ def codecs_named(name: str) -> Codecs:
 
 
 def computers(
-    model: str, cloud: str | None, edge: str | None
+    model: str, cloud: str | None, edge: str | None, device: str = "cpu"
 ) -> tuple[ModelShape, Hardware, Hardware, dict[str, Any]]:
     """The model's shape and both ends, measured here where that was asked for; and how.
+
+    ``device``: of a cloud that is measured.
 
     Raises ConfigError or PartitionError.
     """
@@ -216,6 +219,6 @@ def computers(
     from privatelora.benchmarks.predict_calibrate import CalibrateSettings, calibrate
 
     with working() as (directory, report):
-        here = calibrate(CalibrateSettings(model, directory), report)
+        here = calibrate(CalibrateSettings(model, directory, device=device), report)
     facts = {"machine": machine_facts(), "calibration": here.as_json()}
     return here.shape, chosen_cloud or here.cloud, chosen_edge or here.edge, facts

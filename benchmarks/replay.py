@@ -131,11 +131,12 @@ async def _decode(connection: Connection, model: LanguageModel, request: ReplayR
     exchange, last = os.urandom(plan.exchange_down), os.urandom(plan.down)
     sequence = await model.open_sequence(request.prompt_tokens + request.tokens)
     try:
-        await sequence.forward([1] * request.prompt_tokens, 0, "last")
+        (await sequence.forward([1] * request.prompt_tokens, 0, "last")).cpu()
         for position in range(request.prompt_tokens, request.prompt_tokens + request.tokens):
             if plan.up is not None:
                 await connection.recv()
-            await sequence.forward([1 + position], position, "last")
+            # A GPU is done when its result is here.
+            (await sequence.forward([1 + position], position, "last")).cpu()
             for _ in range(plan.exchanges):
                 await connection.send(exchange)
                 await connection.recv()

@@ -1,4 +1,4 @@
-"""The cloud's end of ``replay.py`` as a process: ``... replay_cloud SHARDS DTYPE THREADS``.
+"""The cloud's end of ``replay.py`` as a process: ``... replay_cloud SHARDS DTYPE THREADS DEVICE``.
 
 <- ready tcp://127.0.0.1:41234
 """
@@ -21,10 +21,10 @@ def main() -> None:
     from privatelora.transports.base import Connection
     from privatelora.transports.registry import listen
 
-    shards, dtype, num_threads = sys.argv[1:]
+    shards, dtype, num_threads, device = sys.argv[1:]
     torch.set_num_threads(int(num_threads))
     torch.set_grad_enabled(False)
-    model = open_unsplit(shards, dtype=dtype).model  # type: ignore[arg-type]
+    model = open_unsplit(shards, device=device, dtype=dtype).model  # type: ignore[arg-type]
 
     async def handle(connection: Connection) -> None:
         await serve_replay(connection, model)

@@ -35,6 +35,7 @@ from privatelora.benchmarks.whole_steps import LOCKSTEP, WHOLE_STEPS
 from privatelora.cli._daemons import Daemon
 from privatelora.partition.checkpoint import open_checkpoint
 from privatelora.partition.plan_file import make_plan
+from privatelora.runtime.device import compute_device
 
 NUM_SKIPPED = 4
 """First tokens of each session that are not counted."""
@@ -50,7 +51,7 @@ Report = Callable[[str], None]
 class ServeSettings:
     """One run of the benchmark. ``dtype``: what cloud and edges compute in.
 
-    ``compare``: with the baselines too.
+    ``compare``: with the baselines too. ``device``: of the cloud.
     """
 
     model: str
@@ -63,15 +64,25 @@ class ServeSettings:
     sessions: tuple[int, ...] = (2,)
     num_edges: int = 1
     compare: bool = False
+    device: str = "cpu"
 
     @property
     def deployment(self) -> dict[str, Any]:
         """What was served, as every result names it."""
-        return {"model": self.model, "every": self.every, "dtype": self.dtype}
+        return {
+            "model": self.model,
+            "every": self.every,
+            "dtype": self.dtype,
+            "device": self.device,
+        }
 
 
 def measure_serving(settings: ServeSettings, report: Report) -> dict[str, Any]:
-    """Measure every number of sessions at every distance, 0 first."""
+    """Measure every number of sessions at every distance, 0 first.
+
+    Raises ConfigError, PartitionError, and PrivateLoRAError for what a daemon fails with.
+    """
+    compute_device(settings.device)  # before the work that it would fail after
     report("splitting the model")
     round_trips = prepare(settings)
     rows = []
@@ -175,6 +186,7 @@ def cloud_config(settings: ServeSettings) -> dict[str, Any]:
     return {
         "listen": "tcp://127.0.0.1:0",
         "shard": "shards/cloud",
+        "device": settings.device,
         "num_threads": 1,
         "max_sessions": most,
         "max_sessions_per_client": most,

@@ -1,4 +1,4 @@
-"""Whole models on the edge alone, for ``privatelora-bench sweep``: what no network slows down."""
+"""Whole models in one place, for ``privatelora-bench sweep``: what no network slows down."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def measure_alone(config: SweepConfig, shards: Path, baseline: str) -> float:
             "adapter": str(shards / "adapter.safetensors"),
             "dtype": config.dtype,
             "num_threads": config.num_threads,
+            "device": config.device if baseline == "transformers-cloud" else "cpu",
         },
     )
     request = MeasureRequest(

@@ -29,6 +29,7 @@ from privatelora.partition.checkpoint import open_checkpoint
 from privatelora.partition.plan import Plan
 from privatelora.partition.plan_file import make_plan
 from privatelora.runtime.codecs import Codecs
+from privatelora.runtime.device import compute_device
 
 MIN_TOKENS = 8
 CALIBRATION_TOKENS = 18
@@ -53,6 +54,7 @@ class SweepBench:
         Raises ConfigError or PartitionError, and PrivateLoRAError for what a daemon fails with.
         """
         self._config, self._directory = config, directory
+        compute_device(config.device)  # before the work that it would fail after
         report("splitting the model")
         self._plans = self._split()
         clouds = {
@@ -62,15 +64,20 @@ class SweepBench:
         }
         replaying = None
         if any(name not in ALONE for name in config.baselines):
-            counts = (config.dtype, str(config.num_threads))
+            how = (config.dtype, str(config.num_threads), config.device)
             replaying = stack.enter_context(
-                Daemon("privatelora.benchmarks.replay_cloud", self._first_shards(), *counts)
+                Daemon("privatelora.benchmarks.replay_cloud", self._first_shards(), *how)
             )
         self._edge = stack.enter_context(Daemon("privatelora.benchmarks.sweep_worker"))
         place = directory / "calibration"
         place.mkdir()
         settings = CalibrateSettings(
-            config.model, place, config.dtype, config.num_threads, CALIBRATION_TOKENS
+            config.model,
+            place,
+            config.dtype,
+            config.num_threads,
+            CALIBRATION_TOKENS,
+            config.device,
         )
         self._calibrator = Calibrator(settings, stack, report)
         self._clouds: dict[tuple[str, str], str] = {
@@ -84,7 +91,7 @@ class SweepBench:
         return self._calibrator.measure(report)
 
     def measure_alone(self, case: Case) -> dict[str, Any]:
-        """Tokens/s of a whole model on the edge, or why it is ``missing``."""
+        """Tokens/s of a whole model in one place, or why it is ``missing``."""
         try:
             return {
                 "tokens_per_s": measure_alone(self._config, self._first_shards(), case.baseline)
@@ -170,6 +177,7 @@ class SweepBench:
         settings = {
             "listen": LISTEN[transport].format(pid=os.getpid(), number=number),
             "shard": str(self._shards(arrangement) / "cloud"),
+            "device": config.device,
             "dtype": config.dtype,
             "num_threads": config.num_threads,
             "max_sessions": most,

@@ -11,15 +11,22 @@ from pydantic import AfterValidator, Field
 
 from privatelora.benchmarks.predict_hardware import Link, parse_link
 from privatelora.errors import ConfigError
+from privatelora.runtime.config import DEVICE_PATTERN
 from privatelora.runtime.link_config import ConfigPath, PayloadConfig, Settings
 from privatelora.yaml_file import read_yaml
 
 TransportName = Literal["tcp", "shm", "zmq+tcp"]
 BaselineName = Literal[
-    "transformers", "llama.cpp", "text", "hidden-states", "lora-two-layers", "published"
+    "transformers",
+    "transformers-cloud",
+    "llama.cpp",
+    "text",
+    "hidden-states",
+    "lora-two-layers",
+    "published",
 ]
-ALONE: tuple[BaselineName, ...] = ("transformers", "llama.cpp")
-"""Whole models on the edge, whatever the link is."""
+ALONE: tuple[BaselineName, ...] = ("transformers", "transformers-cloud", "llama.cpp")
+"""Whole models in one place, whatever the link is."""
 DEFAULT = "default"
 """The payload of an edge whose settings name none."""
 
@@ -52,6 +59,9 @@ class SweepConfig(Settings):
     """Folder for what was measured; a run that was cut off goes on there."""
     dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
     """What cloud and edges compute in."""
+    device: str = Field(default="cpu", pattern=DEVICE_PATTERN)
+    """Of the clouds and of transformers-cloud: ``cpu``, ``cuda`` or ``cuda:N``. Edges are on the
+    CPU."""
     links: dict[str, Annotated[str, AfterValidator(_a_link)]] = Field(min_length=1)
     """By name: round trip time and bandwidth, such as 20ms,60/100mbps (up/down)."""
     arrangements: dict[str, ArrangementConfig] = Field(min_length=1)
@@ -79,7 +89,7 @@ class SweepConfig(Settings):
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure: ours, or a baseline, over one link (none: on the edge alone)."""
+    """One thing to measure: ours, or a baseline, over one link (none: a whole model alone)."""
 
     link: str
     transport: str = ""

@@ -28,7 +28,7 @@ def sweep_table(result: dict[str, Any]) -> Table:
         table.add_column(heading, no_wrap=True)
     label = None
     for row in result["rows"]:
-        link = row.get("link", "the edge alone")
+        link = row.get("link", "alone")
         if link != label:
             table.add_section()
         name = row.get("arrangement", row.get("baseline", ""))
@@ -142,7 +142,7 @@ def _lines(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if "baseline" in row:
-            name = f"{row['baseline']} (edge alone)" if "link" not in row else row["baseline"]
+            name = f"{row['baseline']} (alone)" if "link" not in row else row["baseline"]
         else:
             many = f", {row['sessions']} sessions" if row["sessions"] > 1 else ""
             through = "" if row["transport"] == "tcp" else f", {row['transport']}"

@@ -36,6 +36,8 @@ class WorkerConfig(BaseModel):
     dtype: Literal["float32", "float16", "bfloat16"]
     num_threads: int
     edge_config: Path | None = None
+    device: str = "cpu"
+    """Of the transformers engine."""
 
 
 class MeasureRequest(BaseModel):
@@ -101,6 +103,7 @@ class TransformersEngine:
         from privatelora.partition.adapter import read_adapter
         from privatelora.partition.checkpoint import open_checkpoint
         from privatelora.partition.shard import open_shard
+        from privatelora.runtime.device import compute_device
 
         # Dense weights in the dtype asked for, whatever the checkpoint is: packed ones are slower.
         with open_checkpoint(config.model) as checkpoint:
@@ -122,6 +125,7 @@ class TransformersEngine:
             **open_shard(config.shards / "cloud", "cloud").load(),
             **open_shard(config.shards / "edge", "edge").load(),
         }
+        model.to(compute_device(config.device))
         self._model = attach_adapter(model, adapter.plan, basis, adapter.weights)
 
     async def measure(self, request: MeasureRequest) -> float:
@@ -141,7 +145,7 @@ class TransformersEngine:
 
         clock = Clock()
         num_tokens = request.warmup_tokens + request.tokens + 1
-        ids = torch.tensor([request.prompt_ids])
+        ids = torch.tensor([request.prompt_ids], device=self._model.device)
         self._model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +48,17 @@ def write_atomic(path: Path, data: bytes, mode: int = SHARED_MODE) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def check_space(directory: Path, nbytes: int, what: str) -> None:
+    """Raise PartitionError if ``nbytes``, which ``what`` need, do not fit ``directory``'s disk."""
+    with os_errors(f"write {directory}"):
+        free = shutil.disk_usage(directory).free
+    if free < nbytes:
+        raise PartitionError(
+            f"{what} need {nbytes / 2**30:.1f} GiB, the disk of {directory.parent} has "
+            f"{free / 2**30:.1f} GiB left; free some space or choose another directory"
+        )
 
 
 def parse_json(text: bytes) -> object:

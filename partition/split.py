@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from privatelora.errors import ConfigError, PartitionError
+from privatelora.errors import ConfigError
 from privatelora.partition.basis import (
     Basis,
     BasisFingerprint,
@@ -22,7 +21,7 @@ from privatelora.partition.basis import (
 )
 from privatelora.partition.basis_svd import SvdBasis
 from privatelora.partition.checkpoint import Checkpoint
-from privatelora.partition.files import os_errors, sha256_of_file
+from privatelora.partition.files import check_space, os_errors, sha256_of_file
 from privatelora.partition.layout import ROLES, ShardRole, shard_shapes
 from privatelora.partition.manifest import (
     MANIFEST_NAME,
@@ -137,7 +136,8 @@ def _write_shards(
             writers[role] = stack.enter_context(
                 TensorFileWriter(directory / role / TENSORS_NAME, shapes, dtype)
             )
-        _check_space(directory, sum(writer.nbytes for writer in writers.values()))
+        nbytes = sum(writer.nbytes for writer in writers.values())
+        check_space(directory, nbytes, "the shards")
         model = _copy_model(checkpoint, writers, progress)
         basis_fingerprint = _write_basis(basis, basis_shapes(plan, config), writers, progress)
     manifests: dict[ShardRole, Manifest] = {}
@@ -212,13 +212,3 @@ def _write_tokenizer(checkpoint: Checkpoint, edge: Path) -> dict[str, str]:
             f"{TOKENIZER_DIR}/{path.name}": sha256_of_file(path)
             for path in sorted(folder.iterdir())
         }
-
-
-def _check_space(directory: Path, nbytes: int) -> None:
-    with os_errors(f"write {directory}"):
-        free = shutil.disk_usage(directory).free
-    if free < nbytes:
-        raise PartitionError(
-            f"the shards need {nbytes / 2**30:.1f} GiB, the disk of {directory.parent} has "
-            f"{free / 2**30:.1f} GiB left; free some space or choose another directory"
-        )

@@ -141,10 +141,10 @@ class HfCheckpoint(Checkpoint):
 def _read_config(directory: Path) -> DecoderConfig:
     """config.json, with the token ids of generation_config.json where it gives them."""
     path = directory / "config.json"
-    fields = _read_json(path)
+    fields = read_json(path)
     generation = directory / "generation_config.json"
     if generation.exists():
-        generation_fields = _read_json(generation)
+        generation_fields = read_json(generation)
         for key in ("bos_token_id", "eos_token_id"):
             if generation_fields.get(key) is not None:
                 fields[key] = generation_fields[key]
@@ -156,7 +156,7 @@ def _read_config(directory: Path) -> DecoderConfig:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Which file holds which tensor; every file lies in the directory of the index itself."""
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise PartitionError(f"{index} has no weight_map")
     for file_name in weight_map.values():
@@ -169,8 +169,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_json(path: Path) -> dict[str, object]:
-    """A JSON object from a file of bounded size."""
+def read_json(path: Path) -> dict[str, object]:
+    """A JSON object from a file of bounded size; PartitionError if it holds none."""
     try:
         with open_plain(path) as file:
             text = file.read(MAX_JSON_NBYTES + 1)

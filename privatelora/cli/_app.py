@@ -86,9 +86,13 @@ def tolerate_encodings() -> None:
 
 
 def check_writable(file: Path | None) -> None:
-    """Raise ConfigError if ``file`` could not be written: before the work, not after it."""
+    """Raise ConfigError if ``file`` could not be written: before the work, not after it.
+
+    Folders on the way to it are made.
+    """
     if file is not None:
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
             file.open("a").close()
         except OSError as error:
             raise ConfigError(f"cannot write {file}: {error.strerror}") from error

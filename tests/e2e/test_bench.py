@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from tests.e2e.processes import BENCH, Commands
@@ -17,7 +18,7 @@ PNG = b"\x89PNG"
 
 def result(commands: Commands, directory: Path, *arguments: object) -> dict[str, Any]:
     """What a benchmark wrote to its JSON file; its table must have been shown."""
-    file = directory / "result.json"
+    file = directory / "results" / "result.json"
     found = commands.run(BENCH, *arguments, "--json", file)
     assert found.code == 0, found.err
     assert "│" in found.out
@@ -320,24 +321,76 @@ def test_sweep(commands: Commands, tmp_path: Path) -> None:
 
 
 def test_a_baseline_that_is_not_installed_is_missing(commands: Commands, tmp_path: Path) -> None:
+    """With a model that was made for it."""
     file = tmp_path / "sweep.yaml"
+    shape = save_tiny("llama", tmp_path / "shape", hidden_size=256, vocab_size=300, tokenizer=False)
+    made = commands.run(BENCH, "random-model", shape / "config.json", tmp_path / "model")
+    assert made.code == 0, made.err
+    assert "billion random weights in bfloat16" in made.out
     settings = {
-        "model": str(save_tiny("llama", tmp_path / "model", hidden_size=256)),
+        "model": str(tmp_path / "model"),
         "out": "measured",
         "links": {"near": "0ms"},
         "arrangements": {"grouped": {"every": 2, "rank_up": 8, "rank_down": 8}},
         "transports": ["shm"],
-        "baselines": ["transformers", "llama.cpp"],
+        "baselines": ["transformers-cloud", "llama.cpp"],
         "rounds": 1,
         "tokens": 8,
     }
     file.write_text(yaml.safe_dump(settings))
     content = result(commands, tmp_path, "sweep", file)
-    assert [row.get("baseline") for row in content["rows"]] == ["transformers", None]
+    found = [row.get("baseline") for row in content["rows"]]
+    assert found == ["transformers-cloud", None]
     assert all(row["tokens_per_s"]["min"] > 0 for row in content["rows"])
     [reason] = content["missing"].values()
     assert content["missing"].keys() == {"llama.cpp"}
     assert "llama" in reason
+
+
+def sweep_on(device: str, directory: Path) -> Path:
+    """A small sweep with clouds on ``device``."""
+    file = directory / "sweep.yaml"
+    settings = {
+        "model": str(save_tiny("llama", directory / "model", hidden_size=256)),
+        "out": "measured",
+        "device": device,
+        "links": {"near": "0ms"},
+        "arrangements": {"grouped": {"every": 2, "rank_up": 8, "rank_down": 8}},
+        "baselines": ["transformers-cloud", "text"],
+        "rounds": 1,
+        "tokens": 8,
+    }
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cloud_on_a_gpu(commands: Commands, tmp_path: Path) -> None:
+    content = result(commands, tmp_path, "sweep", sweep_on("cuda", tmp_path))
+    found = [row.get("baseline") for row in content["rows"]]
+    assert found == ["transformers-cloud", None, "text"]
+    assert all(row["tokens_per_s"]["min"] > 0 for row in content["rows"])
+    served = result(
+        commands,
+        tmp_path,
+        *("serve", "--model", tmp_path / "model", "--device", "cuda", "--sessions", 2),
+        *("--rtt-ms", 0, "--prompt-tokens", 4, "--tokens", 16, "--edges", 1),
+    )
+    assert served["settings"]["device"] == "cuda"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_gpu_that_is_not_there(commands: Commands, tmp_path: Path) -> None:
+    refused = "error: device cuda: no CUDA device is available here; use cpu"
+    model = ("--model", tmp_path / "model", "--device", "cuda")
+    for arguments in (
+        ("sweep", sweep_on("cuda", tmp_path)),
+        ("serve", *model),
+        ("predict", *model),
+    ):
+        found = commands.run(BENCH, *arguments)
+        assert (found.code, found.err.strip()) == (1, refused)
 
 
 def test_profile(commands: Commands, tmp_path: Path) -> None:

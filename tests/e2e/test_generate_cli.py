@@ -151,6 +151,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "bench profile": (BENCH, "profile"),
     "bench compare": (BENCH, "compare"),
     "bench schema": (BENCH, "schema"),
+    "bench random-model": (BENCH, "random-model"),
     "train": (TRAIN,),
 }
 
