@@ -22,7 +22,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from privatelora.cli._app import set_thread_defaults
+from privatelora.cli._app import run as run_program
 
 MAX_LATE_S = 60.0
 """A session whose next token takes longer has made nothing of it in the time that counts."""
@@ -78,7 +78,6 @@ def tokens_between(moments: Sequence[float], start: float, end: float) -> tuple[
 
 def main() -> None:
     """Connect the edge of the YAML file named on the command line, decode, and count."""
-    set_thread_defaults()
     from privatelora.cli._input import read_lines
     from privatelora.runtime.config import load_edge_config
     from privatelora.runtime.edge import Edge
@@ -135,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from privatelora.cli._app import set_thread_defaults
+from privatelora.cli._app import run as run_program
 from privatelora.errors import ConfigError
 from privatelora.partition.adapter import load_adapter
 from privatelora.partition.models.config import DecoderConfig
@@ -104,7 +104,6 @@ class NotedSent(SentLog):
 
 def main() -> None:
     """Decode once, and print what was noted."""
-    set_thread_defaults()
     from privatelora.runtime.loop import run
 
     file, prompt_tokens, num_tokens = sys.argv[1:]
@@ -152,4 +151,4 @@ async def decode(
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import sys
 
-from privatelora.cli._app import set_thread_defaults
+from privatelora.cli._app import run as run_program
 
 
 def main() -> None:
     """Serve until told to stop."""
-    set_thread_defaults()
     import torch
 
     from privatelora.benchmarks.replay import serve_replay
@@ -38,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

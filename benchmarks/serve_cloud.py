@@ -10,12 +10,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from privatelora.cli._app import set_thread_defaults
+from privatelora.cli._app import run as run_program
 
 
 def main() -> None:
     """Serve until told to stop."""
-    set_thread_defaults()
     from privatelora.benchmarks.whole_steps import LOCKSTEP, WHOLE_STEPS, WholeSteps
     from privatelora.runtime.cloud import Cloud
     from privatelora.runtime.config import load_cloud_config
@@ -34,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

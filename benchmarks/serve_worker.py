@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from privatelora.cli._app import set_thread_defaults
+from privatelora.cli._app import run as run_program
 
 if TYPE_CHECKING:
     from privatelora.runtime.edge import Edge
@@ -55,7 +55,6 @@ async def decode_sessions(edge: Edge, request: DecodeRequest) -> list[list[float
 
 def main() -> None:
     """Connect the edge of the YAML file named on the command line and serve requests."""
-    set_thread_defaults()
     from privatelora.cli._input import read_lines
     from privatelora.runtime.config import load_edge_config
     from privatelora.runtime.edge import Edge
@@ -77,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

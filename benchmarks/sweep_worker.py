@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from privatelora.benchmarks.replay import ReplayRequest, replay
 from privatelora.benchmarks.serve_worker import DecodeRequest, decode_sessions
-from privatelora.cli._app import set_thread_defaults
+from privatelora.cli._app import run as run_program
 from privatelora.errors import PrivateLoRAError
 from privatelora.runtime.link_config import ImpairedConfig
 
@@ -78,7 +78,6 @@ async def decode_other(request: OtherRequest) -> list[list[float]]:
 
 def main() -> None:
     """Serve requests until there are no more."""
-    set_thread_defaults()
     logging.getLogger("privatelora").setLevel(logging.ERROR)  # links are impaired on purpose
     from privatelora.cli._input import read_lines
     from privatelora.runtime.loop import run
@@ -101,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

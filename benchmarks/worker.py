@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from privatelora.cli._app import set_thread_defaults
+from privatelora.cli._app import run as run_program
 from privatelora.yaml_file import read_yaml
 
 EngineName = Literal["split", "unsplit", "transformers"]
@@ -159,7 +159,6 @@ class TransformersEngine:
 
 def main() -> None:
     """Load the engine of the YAML file named on the command line and serve requests."""
-    set_thread_defaults()
     config = read_yaml(Path(sys.argv[1]), WorkerConfig)
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
@@ -181,4 +180,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

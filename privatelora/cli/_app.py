@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -47,8 +48,8 @@ LogFormatOption = Annotated[
 ]
 
 
-def run(app: typer.Typer) -> None:
-    """Run a command-line program; never returns.
+def run(program: Callable[[], object]) -> None:
+    """Run a program, such as a typer app, which ends the process itself.
 
     An error of this package is one line on stderr and exit status 1. Anything else that
     escapes is a defect and keeps its traceback.
@@ -56,7 +57,7 @@ def run(app: typer.Typer) -> None:
     set_thread_defaults()
     tolerate_encodings()
     try:
-        app()
+        program()
     except PrivateLoRAError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(EXIT_ERROR)
