@@ -95,6 +95,8 @@ def check_writable(file: Path | None) -> None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.open("a").close()
+        except FileExistsError as error:
+            raise ConfigError(f"cannot write {file}: {file.parent} is no folder") from error
         except OSError as error:
             raise ConfigError(f"cannot write {file}: {error.strerror}") from error
 

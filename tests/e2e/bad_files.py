@@ -448,9 +448,9 @@ CASES.add(
 )
 
 
-@CASES.case("`demo --json` where nothing can be written", "cannot write nowhere/figures.json")
+@CASES.case("`demo --json` where nothing can be written", "config.json is no folder")
 def _demo_json(bench: Bench) -> Seen:
-    file = bench.directory / "nowhere" / "figures.json"
+    file = bench.model / "config.json" / "figures.json"
     return bench.seen("privatelora demo", bench.commands.run(MAIN, "demo", "--json", file))
 
 
