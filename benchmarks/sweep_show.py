@@ -53,10 +53,10 @@ def sweep_plot(result: dict[str, Any], file: Path) -> None:
     """Measured tokens/s as points with their spread, predicted as lines.
 
     Links that differ in their round trip alone make a panel, so do those that differ in bandwidth
-    alone; where there is neither, there is a panel of the links by name.
+    alone; where these do not have all links, there is one panel of the links by name.
     """
     pyplot = get_pyplot()
-    panels = _panels(result["links"])
+    panels = panels_of(result["links"])
     figure, all_axes = pyplot.subplots(
         1, len(panels), figsize=(1 + 6.5 * len(panels), 6), sharey=True, squeeze=False
     )
@@ -74,7 +74,8 @@ Panel = tuple[str, str, dict[str, float]]
 """Its axis' label and key, and where each link stands on it."""
 
 
-def _panels(links: dict[str, dict[str, Any]]) -> list[Panel]:
+def panels_of(links: dict[str, dict[str, Any]]) -> list[Panel]:
+    """Which links stand beside each other, and where; every link is in one at least."""
     panels: list[Panel] = []
     for key, fixed, label in (
         ("rtt_ms", ("up_mbps", "down_mbps"), "round trip time, ms"),
@@ -88,8 +89,9 @@ def _panels(links: dict[str, dict[str, Any]]) -> list[Panel]:
         same, places = max(groups.items(), key=lambda item: len(item[1]), default=((), {}))
         if len(places) > 2:
             panels.append((label + _at(key, same), key, places))
-    named = {name: float(number) for number, name in enumerate(links)}
-    return panels or [("", "name", named)]
+    if links.keys() == {name for *_, places in panels for name in places}:
+        return panels
+    return [("", "name", {name: float(number) for number, name in enumerate(links)})]
 
 
 def _at(key: str, same: tuple[Any, ...]) -> str:

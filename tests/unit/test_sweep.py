@@ -20,6 +20,7 @@ from privatelora.benchmarks.replay import (
     traffic,
 )
 from privatelora.benchmarks.sweep_config import SweepConfig, cases, read_sweep_config
+from privatelora.benchmarks.sweep_show import panels_of
 from privatelora.errors import ConfigError
 from privatelora.partition.checkpoint import open_checkpoint
 from privatelora.runtime.unsplit import open_unsplit
@@ -77,6 +78,21 @@ def test_ready_files_are_right(file: Path) -> None:
     ready = read_sweep_config(file)
     is_short = file.stem in ("sweep-quick", "sweep-gpu")
     assert len(cases(ready)) > len(ready.links) >= (3 if is_short else 9)
+
+
+@pytest.mark.parametrize(
+    ("file", "keys"),
+    [
+        ("sweep-links.yaml", ["rtt_ms", "up_mbps"]),
+        ("sweep-networks.yaml", ["name"]),
+        ("sweep-gpu.yaml", ["name"]),
+    ],
+)
+def test_a_plot_has_every_link(file: str, keys: list[str]) -> None:
+    links = read_sweep_config(CONFIGS / file).parsed_links()
+    found = panels_of({name: link.as_json() for name, link in links.items()})
+    assert [key for _, key, _ in found] == keys
+    assert {name for *_, places in found for name in places} == links.keys()
 
 
 def test_what_other_ways_send(tmp_path: Path) -> None:
