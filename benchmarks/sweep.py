@@ -18,7 +18,8 @@ least disturbed counts; ``stolen`` says how much that still was. Predictions are
 so a single session's are compared with the median of its tokens.
 
 Baselines are ``replay.py``'s, over the same links; and whole models on the edge, which no link
-changes, on as many threads as an edge has. One that is not installed is named as missing.
+changes, on as many threads as an edge has; ``transformers-cloud`` on the cloud's device. One that
+is not installed is named as missing.
 """
 
 from __future__ import annotations

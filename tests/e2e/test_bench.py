@@ -273,16 +273,16 @@ def test_sweep(commands: Commands, tmp_path: Path) -> None:
         "arrangements": {"per layer": {"rank_up": 8, "rank_down": 8}},
         "payloads": {"fp16": "fp16"},
         "sessions": [1, 2],
-        "baselines": ["published"],
+        "baselines": ["transformers-cloud", "published"],
         "rounds": 1,
         "tokens": 8,
     }
     file.write_text(yaml.safe_dump(settings, sort_keys=False))
     content = result(commands, tmp_path, "sweep", file, "--plot", tmp_path / "plot.png")
-    rows = {(row["link"], row.get("baseline"), row["sessions"]): row for row in content["rows"]}
+    rows = {(row.get("link"), row.get("baseline"), row["sessions"]): row for row in content["rows"]}
     links = ("near", "far")
     ours = {(link, None, sessions) for link in links for sessions in (1, 2)}
-    others = {(link, "published", 1) for link in links}
+    others = {(link, "published", 1) for link in links} | {(None, "transformers-cloud", 1)}
     assert set(rows) == ours | others
     for key, row in rows.items():
         assert row["rounds"] == 1
@@ -333,14 +333,13 @@ def test_a_baseline_that_is_not_installed_is_missing(commands: Commands, tmp_pat
         "links": {"near": "0ms"},
         "arrangements": {"grouped": {"every": 2, "rank_up": 8, "rank_down": 8}},
         "transports": ["shm"],
-        "baselines": ["transformers-cloud", "llama.cpp"],
+        "baselines": ["transformers", "llama.cpp"],
         "rounds": 1,
         "tokens": 8,
     }
     file.write_text(yaml.safe_dump(settings))
     content = result(commands, tmp_path, "sweep", file)
-    found = [row.get("baseline") for row in content["rows"]]
-    assert found == ["transformers-cloud", None]
+    assert [row.get("baseline") for row in content["rows"]] == ["transformers", None]
     assert all(row["tokens_per_s"]["min"] > 0 for row in content["rows"])
     [reason] = content["missing"].values()
     assert content["missing"].keys() == {"llama.cpp"}
