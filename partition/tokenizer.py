@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tokenizers import pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from privatelora.errors import PartitionError
 from privatelora.partition.checkpoint.base import Checkpoint
@@ -76,6 +76,9 @@ def _from_directory(directory: Path, source: str) -> PreTrainedTokenizerBase:
         raise PartitionError(
             f"{source} holds no tokenizer: expected one of {', '.join(_SOURCE_FILES)}"
         )
+    # Its import takes a second, which only a partitioner needs to spend.
+    from transformers import AutoTokenizer
+
     _check_files(directory)
     try:
         tokenizer = AutoTokenizer.from_pretrained(

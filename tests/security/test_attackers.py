@@ -76,7 +76,7 @@ class Guarded:
         for chunk in self.client.completions.create(
             model="adapter",
             prompt="The weather in the mountains",
-            max_tokens=200,
+            max_tokens=100,
             stream=True,
             extra_body={"ignore_eos": True},
         ):

@@ -19,12 +19,14 @@ WARM_UP_SEED = 0
 behind the programs when their memory is looked at."""
 WARM_UP_INPUTS = 400
 GROWN_UP_INPUTS = 1000
-"""From then on growth is measured; before, caches and buffers fill."""
+"""Until then caches and buffers fill, and code is used for the first time."""
+MAX_FILLING_NBYTES = 64 * 2**20
+"""A process that grows by more within a batch is a finding: as much as an input can announce."""
 MAX_GROWTH_NBYTES = 24 * 2**20
-"""A process that has grown by more since then is a finding."""
+"""So is one that has grown by more since then."""
 MAX_JUMP_NBYTES = 32 * 2**20
-"""So is one that within a batch needs more memory, even for a moment: no input is larger than a
-mebibyte, and what one only announces must not be taken."""
+"""So is one that within a batch needs more memory for a moment than before and after it: no input
+is larger than a mebibyte, and what one only announces must not be taken."""
 INPUT_DEADLINE_S = 60.0
 """An input that has not ended by then hangs."""
 SETTLE_DEADLINE_S = 20.0
@@ -68,7 +70,7 @@ class Report:
     """What became of the inputs of one target.
 
     ``outcomes``: by kind and outcome. ``growth_nbytes``: of resident memory since the warm-up;
-    ``jump_nbytes``: most that a batch needed beyond what there was before it.
+    ``jump_nbytes``: most that a batch needed beyond what there was before and after it.
     """
 
     target: str
@@ -205,17 +207,18 @@ class Campaign:
 
     def _judge_memory(self, before: Vitals, after: Vitals) -> None:
         report = self.report
-        jump = after.peak_nbytes - before.resident_nbytes
-        report.resident_nbytes = after.resident_nbytes
-        if self._warm is None:
-            if report.num_inputs >= GROWN_UP_INPUTS:
-                self._warm = after
-        else:
-            report.growth_nbytes = after.resident_nbytes - self._warm.resident_nbytes
+        resident = report.resident_nbytes = after.resident_nbytes
+        if self._warm is not None:
+            report.growth_nbytes = resident - self._warm.resident_nbytes
             if report.growth_nbytes > MAX_GROWTH_NBYTES:
                 raise Violation(
                     f"memory has grown by {report.growth_nbytes} bytes since the warm-up"
                 )
+        elif (filling := resident - before.resident_nbytes) > MAX_FILLING_NBYTES:
+            raise Violation(f"it needed {filling} bytes more memory and keeps them")
+        elif report.num_inputs >= GROWN_UP_INPUTS:
+            self._warm = after
+        jump = after.peak_nbytes - max(before.resident_nbytes, resident)
         report.jump_nbytes = max(report.jump_nbytes, jump)
         if jump > MAX_JUMP_NBYTES:
             raise Violation(f"it needed {jump} bytes more memory for a moment")

@@ -121,6 +121,7 @@ async def test_a_finding_names_its_input(
     ("bound", "value", "found"),
     [
         ("MAX_JUMP_NBYTES", -(2**40), "more memory for a moment"),
+        ("MAX_FILLING_NBYTES", -(2**40), "keeps them"),
         ("MAX_GROWTH_NBYTES", -(2**40), "grown"),
         ("SPARE_FDS", -1000, "descriptors"),
         ("SPARE_THREADS", -1000, "threads"),
