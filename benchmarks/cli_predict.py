@@ -200,15 +200,20 @@ def computers(
     from privatelora.benchmarks.predict_shapes import ModelShape, named_shape
 
     shape = named_shape(model)
+    chosen_cloud = None if cloud in (None, HERE) else preset("--cloud", cloud)
+    if device != "cpu" and (shape is not None or chosen_cloud is not None):
+        raise ConfigError(
+            f"--device {device} is of a cloud that is measured here, and this one is not; leave it "
+            "out"
+        )
     if shape is not None:
         if HERE in (cloud, edge):
             raise ConfigError(
                 f"{shape.name} is a shape without weights, with which nothing can be measured "
                 "here; name a checkpoint, or other computers"
             )
-        at_cloud = preset("--cloud", cloud or A100_80G.name)
+        at_cloud = chosen_cloud or A100_80G
         return shape, at_cloud, preset("--edge", edge or IPHONE_13_PRO_MAX.name), {}
-    chosen_cloud = None if cloud in (None, HERE) else preset("--cloud", cloud)
     chosen_edge = None if edge in (None, HERE) else preset("--edge", edge)
     if chosen_cloud is not None and chosen_edge is not None:
         from privatelora.partition.checkpoint import open_checkpoint

@@ -156,6 +156,11 @@ def test_what_makes_no_sense(commands: Commands, deployment: Deployment, tmp_pat
             ("plan", *link, "--model", "7b", "--edge", "abacus"),
             "--edge 'abacus': choose from",
         ),
+        (
+            BENCH,
+            ("predict", "--model", "7b", "--device", "cuda"),
+            "--device cuda is of a cloud that is measured here",
+        ),
         (BENCH, ("predict", "--model", "7b", "--every", "0"), "--every '0': give numbers from 1"),
         (BENCH, ("predict", "--model", "7b", "--every", ""), "--every '': give numbers from 1"),
         (BENCH, ("predict", "--model", "7b", "--codecs", "int3"), "--codecs 'int3': choose from"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import random
+import warnings
 from typing import Any
 
 from privatelora.errors import ConfigError
@@ -59,7 +60,10 @@ def _is_number(answer: str) -> bool:
 
 def _import_gym() -> Any:
     try:
-        return importlib.import_module("reasoning_gym")
+        with warnings.catch_warnings():
+            # Where modules are compiled at their first import, one that it uses has such a warning.
+            warnings.simplefilter("ignore", SyntaxWarning)
+            return importlib.import_module("reasoning_gym")
     except ImportError as error:
         raise ConfigError(
             "kind reasoning-gym needs that package: pip install 'privatelora[train]'"
